@@ -1,0 +1,52 @@
+# Everything a developer or CI runs. `make demo` and `make test` need only Python and git: they set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# One source of truth for what is checked: the same folders everywhere.
+CODE := __init__.py kernels engine runtime tests examples
+export PYTHONSAFEPATH = 1
+
+.PHONY: setup setup-dev demo test test-all test-gpu lint fmt type docs clean
+
+setup: .venv/core
+setup-dev: .venv/dev
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch numpy
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/swifti2v generate examples/photo.jpg -o build/demo.mp4 --profile nano \
+	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
+
+test: setup-dev lint type
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup-dev lint type
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup-dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup-dev
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+fmt: setup-dev
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+type: setup-dev
+	$(BIN)/pyright --warnings
+
+docs: setup-dev
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,232 @@
+"""Layers of the causal video VAE. Everything a layer remembers between calls passes through a Tape.
+
+Axes: B batch, C channels, T frames of this call, H and W rows and columns.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.attention import attention
+from ..kernels.norm import channel_norm
+
+VaeCache = tuple[Tensor, ...]
+
+
+class Tape:
+    """Causal history of one call: old caches are read, and new ones written, in the order the layers run.
+
+    Without caches the call is the clip's first: history is zero, and layers that change the frame rate skip time.
+    With `donate` the new caches take the old ones' memory.
+    """
+
+    def __init__(self, caches: VaeCache | None, donate: bool = False) -> None:
+        self.first = caches is None
+        self.donate = donate
+        self._old = iter(caches or ())
+        self._new: list[Tensor] = []
+
+    def extend(self, x: Tensor, frames: int) -> Tensor:
+        """x [B, C, T, H, W] with the `frames` frames before it -> [B, C, frames+T, H, W]; remembers the last ones."""
+        old = None if self.first else next(self._old)
+        extended = F.pad(x, (0, 0, 0, 0, frames, 0)) if old is None else torch.cat((old, x), dim=2)
+        tail = extended[:, :, -frames:]
+        if old is not None and self.donate:
+            self._new.append(old.copy_(tail))
+        else:
+            self.remember(tail)
+        return extended
+
+    def remember(self, tail: Tensor) -> None:
+        """Write one new cache; a copy, because a view would keep the whole extended tensor alive."""
+        self._new.append(tail.clone())
+
+    def forget(self, like: Tensor, frames: int) -> None:
+        """Write a zero cache for a layer that the first call skips. like [B, C, T, H, W]."""
+        self._new.append(like.new_zeros(*like.shape[:2], frames, *like.shape[3:]))
+
+    def split(self, count: int) -> VaeCache | None:
+        """Take the next `count` old caches out, to be run through by another tape."""
+        return None if self.first else tuple(next(self._old) for _ in range(count))
+
+    def join(self, caches: VaeCache) -> None:
+        """Write the caches another tape came out with."""
+        self._new.extend(caches)
+
+    def caches(self) -> VaeCache:
+        return tuple(self._new)
+
+
+class ChannelNorm(nn.Module):
+    """Norm over channels; `gamma` has one trailing axis of size 1 for each of the input's axes after C."""
+
+    def __init__(self, channels: int, trailing: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.gamma)
+
+
+class CausalConv(nn.Conv3d):
+    """A 3x3x3 convolution that sees the present and two frames before it."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
+        return super().forward(tape.extend(x, 2))
+
+
+class ResBlock(nn.Module):
+    """Two norm-SiLU-convolutions around a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels_in, 3)
+        self.conv1 = CausalConv(channels_in, channels_out)
+        self.norm2 = ChannelNorm(channels_out, 3)
+        self.conv2 = CausalConv(channels_out, channels_out)
+        self.shortcut = nn.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), tape)
+        y = self.conv2(F.silu(self.norm2(y)), tape)
+        return self.shortcut(x) + y
+
+
+class FrameAttention(nn.Module):
+    """One-head attention over the cells of each frame by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = fold_time(x)  # [B, C, T, H, W] -> [B*T, C, H, W]
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # [B*T, 3C, H, W] -> [B*T, H*W, 3C]
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # each [B*T, 1, H*W, C]
+        y = attention(q.contiguous(), k.contiguous(), v.contiguous())
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:])  # [B*T, 1, H*W, C] -> [B*T, C, H, W]
+        return x + unfold_time(self.proj(y), x.shape[0])
+
+
+class Middle(nn.Module):
+    """The bottleneck: residual, attention, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels)
+        self.attention = FrameAttention(channels)
+        self.block2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        return self.block2(self.attention(self.block1(x, tape)), tape)
+
+
+class Down(nn.Module):
+    """Halves height and width, and with `temporal` the frame rate too (never the clip's first frame)."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        frames = F.pad(fold_time(x), (0, 1, 0, 1))
+        x = unfold_time(self.conv(frames), x.shape[0])  # [B, C, T, H/2, W/2]
+        if self.time_conv is None:
+            return x
+        if tape.first:
+            tape.remember(x[:, :, -1:])
+            return x
+        return self.time_conv(tape.extend(x, 1))  # [B, C, 1+T, ...] -> [B, C, T/2, ...]
+
+
+class Up(nn.Module):
+    """Doubles height and width, and with `temporal` the frame rate too (never the clip's first block)."""
+
+    def __init__(self, channels_in: int, channels_out: int, temporal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_conv = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        if self.time_conv is not None:
+            if tape.first:
+                tape.forget(x, 2)
+            else:
+                pairs = self.time_conv(tape.extend(x, 2)).unflatten(
+                    1, (2, -1)
+                )  # [B, 2C, T, H, W] -> [B, 2, C, T, H, W]
+                x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # -> [B, C, 2T, H, W], even frames first
+        frames = F.interpolate(fold_time(x), scale_factor=2.0, mode="nearest")
+        return unfold_time(self.conv(frames), x.shape[0])
+
+
+def fold_time(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_time(x: Tensor, batch: int) -> Tensor:
+    """[B*T, C, H, W] -> [B, C, T, H, W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def average_down(x: Tensor, channels: int, time: int, space: int) -> Tensor:
+    """The Wan2.2 encoder's shortcut: cells go to channels, which are averaged in groups.
+
+    [B, C, T, H, W] -> [B, channels, T/time, H/space, W/space]; a single first frame has a zero frame before it.
+    """
+    missing = -x.shape[2] % time
+    x = F.pad(x, (0, 0, 0, 0, missing, 0))
+    x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))  # [B, C, T', t, H', s, W', s]
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)  # -> [B, C*t*s*s, T', H', W']
+    return x.unflatten(1, (channels, -1)).mean(dim=2)  # -> [B, channels, group, T', H', W'] -> mean over the group
+
+
+def duplicate_up(x: Tensor, channels: int, time: int, space: int, first: bool) -> Tensor:
+    """The Wan2.2 decoder's shortcut: channels, repeated, become cells.
+
+    [B, C, T, H, W] -> [B, channels, T*time, H*space, W*space]; the clip's first block gives a single frame.
+    """
+    x = x.repeat_interleave(channels * time * space * space // x.shape[1], dim=1)
+    x = x.unflatten(1, (channels, time, space, space))  # [B, channels, t, s, s, T, H, W]
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)  # -> [B, channels, T*t, H*s, W*s]
+    return x[:, :, time - 1 :] if first else x
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """[B, C, T, H*p, W*p] -> [B, C*p*p, T, H, W]; channel order is (C, column, row)."""
+    x = pixels.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # [B, C, T, H, p, W, p]
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """[B, C*p*p, T, H, W] -> [B, C, T, H*p, W*p]; the inverse of patchify."""
+    x = x.unflatten(1, (-1, patch, patch))  # [B, C, column, row, T, H, W]
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+
+
+def frame_by_frame(run: Callable[[Tensor, Tape], Tensor], x: Tensor, tape: Tape, slots: int) -> Tensor:
+    """Run layers that keep the frame rate one frame at a time: the same values, and memory for one frame.
+
+    `slots` is how many caches `run` uses.
+    """
+    caches, outputs = tape.split(slots), []
+    for frame in x.split(1, dim=2):
+        inner = Tape(caches, tape.donate)
+        outputs.append(run(frame, inner))
+        caches = inner.caches()
+    tape.join(caches or ())
+    return torch.cat(outputs, dim=2)
+
+
+def count_convs(modules: Sequence[nn.Module]) -> int:
+    """How many caches these modules use: one for each causal convolution."""
+    return sum(isinstance(layer, CausalConv) for module in modules for layer in module.modules())
