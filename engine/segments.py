@@ -32,23 +32,21 @@ def plan_segments(blocks: int, noisy: int = 3, neighbours: int = 1) -> tuple[Seg
     """Cut `blocks` latent blocks into windows: the first of 1+M blocks, every later one of 1+N+M.
 
     Block 0 is the anchor and is given. A short last segment keeps the window's length: the places it does not
-    need hold more clean blocks before it. Refuses clips of fewer than 1+M blocks.
-
-    The second window has only M blocks behind it besides the anchor, so N may not exceed M there.
+    need hold more clean blocks before it, and where there are not that many the plan is refused.
     """
     if blocks < 1 + noisy:
         raise ProfileError(
             f"blocks: got {blocks}, want at least {1 + noisy} for M = {noisy}; the nearest is {1 + noisy}"
         )
-    if neighbours > noisy and blocks > 1 + noisy:
-        raise ProfileError(
-            f"neighbours: got N = {neighbours} with M = {noisy}, want N <= M, "
-            f"as the second window has only {noisy} blocks behind it; the nearest is {noisy}"
-        )
-    first = Segment(index=0, anchor=0, context=(), noisy=tuple(range(1, 1 + noisy)))
-    segments = [first]
+    segments = [Segment(index=0, anchor=0, context=(), noisy=tuple(range(1, 1 + noisy)))]
     for start in range(1 + noisy, blocks, noisy):
         end = min(start + noisy, blocks)
         begin = end - noisy - neighbours  # the window's length is fixed, so a short segment reaches further back
+        if begin < 1:
+            most = neighbours + begin - 1
+            raise ProfileError(
+                f"neighbours: got N = {neighbours} with M = {noisy} and {blocks} blocks, want N <= {most}, "
+                f"as the window of block {start} has only {start - 1} made blocks behind it; the nearest is {most}"
+            )
         segments.append(Segment(len(segments), 0, tuple(range(begin, start)), tuple(range(start, end))))
     return tuple(segments)

@@ -1,0 +1,207 @@
+"""A session: open executables on a device, requests in, chunks of frames out.
+
+One session serves one request at a time; sessions share nothing, so a worker opens its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.calls import Executables, dit_conditions
+from ..engine.errors import Cancelled, SpecError
+from ..engine.profile import Profile
+from ..engine.sampler import block_noise, stage_sigmas
+from ..engine.segments import plan_segments
+from ..engine.stage1 import expert_of, image_condition, run_stage1
+from ..engine.stage2 import run_segment, start_state
+from ..engine.state import Conditions, SegmentState
+from .conditioning import PromptEncoder
+from .image import to_frames, to_tensor
+from .timing import Timings
+
+Phase = Literal["prompt", "stage1", "stage2"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: the image already fitted, uint8 [H, W, 3] of the profile's size, and the prompt."""
+
+    image: np.ndarray
+    prompt: str = ""
+    negative: str | None = None  # None = the profile's own
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Finished frames: uint8 [n, H, W, 3], the first one's index in the clip, and the state after their segment."""
+
+    frames: np.ndarray
+    index: int
+    segment: int
+    state: SegmentState = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: `done` of `total` steps of a phase; in Stage II, also which segment."""
+
+    phase: Phase
+    done: int
+    total: int
+    segment: int = 0
+    segments: int = 0
+
+
+OnProgress = Callable[[Progress], bool | None]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is constant while the segments of one clip are made."""
+
+    seed: int
+    motion: Tensor  # fp32 [1, z, F, h, w]
+    conditions: Conditions
+    sigmas: tuple[float, ...]
+
+
+class Session:
+    """Open executables and the prompt encoder of one profile. A context manager; not thread-safe."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        graphs: Executables,
+        encoder: PromptEncoder,
+        device: torch.device | str = "cpu",
+        image_encoder: Callable[[np.ndarray], Tensor] | None = None,
+    ) -> None:
+        """`image_encoder` gives CLIP tokens [1, n, image_dim] of a frame, for a Stage I that reads them."""
+        if profile.stage1.dit.image_dim and image_encoder is None:
+            raise SpecError(
+                "Stage I: got no image encoder, want one, as this DiT reads CLIP image tokens; pass --image-encoder"
+            )
+        self.profile = profile
+        self.graphs = graphs
+        self.device = torch.device(device)
+        self.timings = Timings(self.device)
+        self._encoder = encoder
+        self._image_encoder = image_encoder
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free every executable."""
+        for graph in self.graphs.values():
+            graph.close()
+
+    def generate(self, request: Request, on_progress: OnProgress | None = None) -> Iterator[FrameChunk]:
+        """Chunks of frames in order, each as soon as its segment is decoded.
+
+        `on_progress` is called after every step and stops the run by returning False (Cancelled is raised).
+        Frame 0 is the request's image itself.
+        """
+        clip, state = self.prepare(request, on_progress)
+        yield from self.resume(request, clip, state, on_progress)
+
+    def prepare(self, request: Request, on_progress: OnProgress | None = None) -> tuple[Clip, SegmentState]:
+        """Everything before the first segment: prompt, Stage I, and the state that the first segment starts from."""
+        check_image(request.image, self.profile)
+        pixels = to_tensor(request.image).to(self.device)
+        with self.timings.phase("prompt"):
+            text, negative = self._encode(request)
+            _report(on_progress, Progress("prompt", 1, 1))
+        motion = self._run_stage1(request, pixels, text, negative, on_progress)
+        profile = self.profile
+        sigmas = stage_sigmas(profile.stage2, profile.strength if profile.stage2_init == "reference" else 1.0)
+        with self.timings.phase("prompt"):
+            conditions = dit_conditions(self.graphs, "stage2", sigmas, text, negative, guidance=profile.stage2.guidance)
+        with self.timings.phase("reference"):
+            state = start_state(self.graphs, pixels, motion)
+        return Clip(request.seed, motion, conditions, sigmas), state
+
+    def resume(
+        self, request: Request, clip: Clip, state: SegmentState, on_progress: OnProgress | None = None
+    ) -> Iterator[FrameChunk]:
+        """Chunks from `state` on; it is donated, clone it to use it again. Equal states give equal frames."""
+        profile = self.profile
+        segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
+        for segment in segments[state.segment :]:
+            index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
+
+            def on_step(step: int, at: int = segment.index) -> None:
+                _report(on_progress, Progress("stage2", step + 1, len(clip.sigmas), at, len(segments)))
+
+            with self.timings.phase("stage2"):
+                pixels, state = run_segment(
+                    self.graphs, profile, segment, state, clip.conditions, clip.motion, clip.seed, clip.sigmas, on_step
+                )
+                frames = to_frames(pixels)
+            if index == 0:
+                frames[0] = request.image
+            yield FrameChunk(frames, index, segment.index, state)
+
+    def _encode(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompt and, where a stage is guided, of the negative prompt, in the graphs' dtype."""
+        profile = self.profile
+        dtype = self.graphs["stage2_text"].spec.inputs[0].dtype
+        prompts = [request.prompt]
+        if not profile.stage1.guidance == profile.stage2.guidance == 1.0:
+            prompts.append(profile.text.negative if request.negative is None else request.negative)
+        text, *negative = (rows.to(self.device, dtype) for rows in self._encoder.encode_all(prompts))
+        return text, negative[0] if negative else None
+
+    def _run_stage1(
+        self, request: Request, pixels: Tensor, text: Tensor, negative: Tensor | None, on_progress: OnProgress | None
+    ) -> Tensor:
+        profile, stage = self.profile, self.profile.stage1
+        sigmas = stage_sigmas(stage)
+        with self.timings.phase("stage1"):
+            image_tokens = None
+            if self._image_encoder is not None and stage.dit.image_dim:
+                image_tokens = self._image_encoder(request.image).to(self.device, text.dtype)
+            by_expert = {
+                expert: dit_conditions(self.graphs, expert, sigmas, text, negative, image_tokens, stage.guidance)
+                for expert in {expert_of(profile, sigma) for sigma in sigmas}
+            }
+            conditions = [by_expert[expert_of(profile, sigma)] for sigma in sigmas]
+            condition = image_condition(self.graphs, profile, shrink(pixels, stage.height, stage.width))
+            shape = (stage.dit.out_channels, stage.latent_height, stage.latent_width)
+            noise = block_noise(request.seed, 1, range(profile.blocks), shape).to(self.device)
+
+            def on_step(step: int) -> None:
+                _report(on_progress, Progress("stage1", step + 1, len(sigmas)))
+
+            return run_stage1(self.graphs, profile, condition, conditions, noise, sigmas, on_step)
+
+
+def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The image for Stage I: [1, 3, 1, H, W] -> [1, 3, 1, height, width], bicubic with antialiasing."""
+    frame = torch.nn.functional.interpolate(
+        pixels[:, :, 0], size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return frame.clamp(-1, 1).unsqueeze(2)
+
+
+def check_image(image: np.ndarray, profile: Profile) -> None:
+    """Refuse an image that is not the profile's size."""
+    want = (profile.height, profile.width, 3)
+    if image.shape != want or image.dtype != np.uint8:
+        raise SpecError(f"image: got {image.dtype} {image.shape}, want uint8 {want}; fit it with fit_image first")
+
+
+def _report(on_progress: OnProgress | None, progress: Progress) -> None:
+    if on_progress is not None and on_progress(progress) is False:
+        raise Cancelled(f"{progress.phase}: stopped on request after step {progress.done} of {progress.total}")

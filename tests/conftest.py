@@ -1,0 +1,66 @@
+"""What tests share: tiny real models, every parameter random, on the CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+from swifti2v.engine.dit import DiT
+from swifti2v.engine.presets import get_profile
+from swifti2v.engine.profile import Profile
+from swifti2v.engine.text import WordEncoder
+from swifti2v.engine.vae import VAE
+from swifti2v.runtime.backend_eager import open_eager
+from swifti2v.runtime.prompts import WordPrompts
+from swifti2v.runtime.session import Session
+
+
+def randomise(module: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter a random value of a size that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith(("gamma", "norm_q.weight", "norm_k.weight", "norm3.weight")):
+            parameter.data = 1 + 0.1 * noise
+        elif parameter.ndim > 1 and not name.endswith("modulation"):
+            parameter.data = noise / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = 0.1 * noise
+    return module.requires_grad_(False).eval()
+
+
+def tiny_modules(profile: Profile) -> dict[str, nn.Module]:
+    """Random modules for every weights name of a profile."""
+    experts = [f"stage1_{name}" if name else "stage1" for name in profile.stage1.experts]
+    modules = {name: randomise(DiT(profile.stage1.dit), seed) for seed, name in enumerate(experts, 10)}
+    modules["stage2"] = randomise(DiT(profile.stage2.dit), 2)
+    modules["vae1"] = randomise(VAE(profile.stage1.vae), 3)
+    modules["vae2"] = randomise(VAE(profile.stage2.vae), 4)
+    return modules
+
+
+def tiny_session(profile: Profile, dtype: torch.dtype = torch.float32) -> Session:
+    """An eager session on random modules."""
+    modules = tiny_modules(profile)
+    for module in modules.values():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+    dit = profile.stage1.dit
+    words = WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len)
+    return Session(profile, open_eager(profile, modules, dtype), WordPrompts(randomise(words, 5), "tests"))
+
+
+@pytest.fixture
+def tiny() -> Profile:
+    return get_profile("tiny")
+
+
+@pytest.fixture
+def make_session():
+    """Builds sessions from profiles: `make_session(profile)`."""
+    return tiny_session
+
+
+@pytest.fixture
+def make_modules():
+    return tiny_modules
+
