@@ -1,0 +1,34 @@
+"""Checkpoint fingerprints, remembered: hashing tens of gigabytes for every clip would cost more than the clip.
+
+A remembered one counts while the files keep their names, sizes and modification times.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+from ..engine.weights import fingerprint
+
+
+def known_fingerprint(path: Path, cache: Path) -> str:
+    """SHA-256 (hex) of a checkpoint, from the folder `cache` where it is known, else computed and written there."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name("config.json")]
+    seen = [
+        (file.name, stat.st_size, stat.st_mtime_ns)
+        for file in files
+        if file.suffix in (".safetensors", ".json") and file.is_file() and (stat := file.stat())
+    ]
+    key = hashlib.sha256(json.dumps([str(path.resolve()), seen]).encode()).hexdigest()
+    entry = cache / "fingerprints" / key
+    with contextlib.suppress(OSError):
+        text = entry.read_text(encoding="ascii")
+        if len(text) == 64:
+            return text
+    value = fingerprint(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        part = entry.with_name(entry.name + ".part")
+        part.write_text(value, encoding="ascii")
+        part.replace(entry)
+    return value
