@@ -224,7 +224,9 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> VAECon
         patch=patch,
         residual=up[0] == up[1],
     )
-    _agree(config, vae_config_json(found), source)
+    # diffusers writes its default scale factors whatever the model; they follow from the rest.
+    stated = {key: value for key, value in vae_config_json(found).items() if not key.startswith("scale_factor")}
+    _agree(config, stated, source)
     return found
 
 

@@ -37,6 +37,7 @@ from .layouts import (
     vae_names,
 )
 from .rope import half_split_order
+from .text import WordEncoder
 from .vae import VAE
 
 AnyPath = str | os.PathLike[str]
@@ -143,6 +144,29 @@ def save_vae(model: VAE, folder: AnyPath) -> Path:
         module, _, leaf = name.rpartition(".")
         state[f"{modules[module]}.{leaf}"] = tensor.detach().cpu()
     return _save(Path(folder), state, vae_config_json(config))
+
+
+def load_words(path: AnyPath, *, device: torch.device | str = "cpu") -> WordEncoder:
+    """The small word encoder, fp32, from what `save_words` wrote; sizes come from the tensors. In eval mode."""
+    checkpoint = read_state(path)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint}
+    try:
+        (vocabulary, text_dim), (text_len, _) = shapes["embedding.weight"], shapes["positions"]
+        with torch.device("meta"):
+            model = WordEncoder(vocabulary, text_dim, text_len)
+    except (KeyError, ValueError) as error:
+        raise WeightsError(
+            f"{checkpoint.source}: got {sorted(checkpoint)[:3]}, want a word encoder's tensors; pass its file"
+        ) from error
+    check_tensors({name: name for name in shapes}, shapes, _shapes(model), checkpoint.source)
+    return _assigned(model, {name: checkpoint[name].to(device, torch.float32) for name in checkpoint})
+
+
+def save_words(model: WordEncoder, folder: AnyPath) -> Path:
+    """Write the small word encoder; returns the weights' path."""
+    path = Path(folder) / "model.safetensors"
+    _write_safetensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    return path
 
 
 def fingerprint(*paths: AnyPath) -> str:

@@ -130,7 +130,7 @@ class CachedEncoder:
             )
         made = {}
         for prompt in prompts:
-            made[prompt] = encoder.encode(prompt).cpu()
+            made[prompt] = encoder.encode_all([prompt])[0].cpu()
             self.cache.put(self.fingerprint, prompt, made[prompt])
         del encoder
         gc.collect()  # the modules refer to one another in circles

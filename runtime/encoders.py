@@ -4,7 +4,7 @@ Each opens from a local folder, see runtime/encoder_files.py. Nothing is downloa
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path

@@ -138,15 +138,13 @@ def load_modules(
     profile: Profile, paths: ModelPaths, dtype: torch.dtype, device: torch.device
 ) -> tuple[Profile, dict[str, nn.Module]]:
     """The modules by graph weights name, and the profile with the sizes these checkpoints have."""
-    assert paths.stage1 and paths.stage2 and paths.vae1 and paths.vae2
 
-    def dit(name: str, path: Path, in_channels: int | None = None) -> DiT:
-        loras = paths.loras.get(name, ())
-        return load_dit(path, dtype=dtype, device=device, in_channels=in_channels, loras=loras)
+    def dit(name: str, path: Path) -> DiT:
+        return load_dit(path, dtype=dtype, device=device, loras=paths.loras.get(name, ()))
 
-    vae1 = load_vae(paths.vae1, dtype=dtype, device=device)
-    vae2 = load_vae(paths.vae2, dtype=dtype, device=device)
-    stage1, stage2 = dit("stage1", paths.stage1), dit("stage2", paths.stage2)
+    vae1 = load_vae(_needed(paths.vae1), dtype=dtype, device=device)
+    vae2 = load_vae(_needed(paths.vae2), dtype=dtype, device=device)
+    stage1, stage2 = dit("stage1", _needed(paths.stage1)), dit("stage2", _needed(paths.stage2))
     modules: dict[str, nn.Module] = {"vae1": vae1, "vae2": vae2, "stage1": stage1, "stage2": stage2}
     boundary = None
     if paths.stage1_low is not None:
@@ -161,6 +159,12 @@ def load_modules(
         stage2=replace(profile.stage2, dit=stage2.config, vae=vae2.config),
     )
     return profile, modules
+
+
+def _needed(path: Path | None) -> Path:
+    if path is None:
+        raise WeightsError("models: got a missing path, want stage1, stage2, vae1 and vae2; use find_models")
+    return path
 
 
 def untrained_models(profile: Profile, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Loaded:

@@ -1,6 +1,8 @@
 """The sampler: the published schedules, noise per block, Euler on a flow whose answer is known."""
 
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def test_distilled_four_steps():
 def test_schedule_and_steps_agree_with_diffusers(steps: int, shift: float):
     # diffusers shifts what it is given, and makes another grid when it is given only a count.
     grid = [1 - i / steps for i in range(steps)]
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=grid)
     sigmas = flow_sigmas(steps, shift)
     assert np.allclose(scheduler.sigmas[:-1].numpy(), sigmas, atol=1e-6)
@@ -42,7 +44,7 @@ def test_a_schedule_can_start_below_one():
     sigmas = flow_sigmas(4, 5.0, start=0.7)
     assert sigmas[0] == pytest.approx(0.7)
     assert len(sigmas) == 4
-    assert all(a > b > 0 for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(sigmas))
 
 
 def test_explicit_sigmas_win():

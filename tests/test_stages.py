@@ -143,7 +143,7 @@ def test_context_attends_both_ways_or_one_way(tiny: Profile, modules):
     dit = modules["stage2"]
     for context, depends in (("both", True), ("one-way", False)):
         profile = replace(tiny, context=context)
-        graph, conditions, feed = step_input(profile, open_eager(profile, modules, torch.float32))
+        _, conditions, feed = step_input(profile, open_eager(profile, modules, torch.float32))
         changed = feed["latents"].clone()
         changed[:, :, 2:] += 1
 
@@ -213,7 +213,8 @@ def test_starting_from_the_reference(tiny: Profile, make_modules):
         graph = graphs["stage2_first"]
         made, _ = denoise_segment(graph, profile, segment, state, conditions, reference, noise, sigmas)
         moved[profile.strength] = error(made, reference)
-    assert moved[0.01] < 0.05 < 0.5 < moved[1.0]
+    assert moved[0.01] < 0.05
+    assert moved[1.0] > 0.5
 
 
 def test_latents_that_are_not_finite_stop_the_run(tiny: Profile, graphs):

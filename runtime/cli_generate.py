@@ -1,0 +1,167 @@
+"""`swifti2v generate`: one image to one clip."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import torch
+from PIL import Image
+from rich.console import Console
+
+from ..engine.profile import Profile, nearest_multiple, size_grid
+from ..engine.segments import plan_segments
+from .cli_options import PATH, cache_folder, make_paths, make_profile, model_options, pick_device, profile_options
+from .cli_progress import show_progress
+from .contact_sheet import ContactSheet
+from .fingerprints import known_fingerprint
+from .image import IMAGE_SUFFIXES, check_target, fit_image, load_image
+from .models import Loaded, ModelPaths, find_models, load_models, open_session
+from .session import OnProgress, Request, Session
+from .sidecar import Made, describe, describe_profile, write_json
+from .video import VIDEO_SUFFIXES, VideoWriter
+
+PROFILE_KEYS = (
+    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "guidance", "stage2_init",
+    "strength",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("image", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="The clip to write, OUT.mp4.")
+@click.option("--prompt", default="", help="What moves, and how.")
+@click.option("--negative", help="What to steer away from, where guidance is on.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--fit", type=click.Choice(["crop", "pad"]), default="crop", show_default=True, help="Fit of the image.")
+@profile_options
+@model_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
+@click.option("--contact-sheet", type=PATH, help="Also write a PNG with frames of the whole clip.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def generate(
+    image: Path,
+    output: Path,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    fit: Literal["crop", "pad"],
+    profile_name: str,
+    model_dir: Path | None,
+    loras: tuple,
+    embeddings: Path | None,
+    device: str,
+    dtype: str,
+    contact_sheet: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> None:
+    """Make a clip from IMAGE: OUT.mp4, and OUT.json that says how it was made."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    check_target("video", output, VIDEO_SUFFIXES)
+    if contact_sheet is not None:
+        check_target("contact sheet", contact_sheet, IMAGE_SUFFIXES)
+    profile = make_profile(profile_name, {key: rest.pop(key) for key in PROFILE_KEYS})
+    paths = find_models(profile, model_dir, make_paths(rest, loras))
+    place, number = pick_device(device, dtype)
+    picture = load_image(image)
+    frame = fit_image(picture, profile.width, profile.height, fit)
+    if not quiet:
+        _note_shape(console, picture, profile, fit)
+    if dry_run:
+        _print_plan(profile, paths, place, number, as_json)
+        return
+    loaded = load_models(profile, paths, number, place, cache_folder(), embeddings)
+    profile = loaded.profile
+    if not quiet:
+        _note_run(console, loaded, place, number)
+    started = time.perf_counter()
+    request = Request(frame, prompt, negative, seed)
+    sheet = ContactSheet(profile.frames) if contact_sheet is not None else None
+    with open_session(loaded, place, number) as session, show_progress(console, quiet) as on_progress:
+        _write_clip(session, request, output, sheet, on_progress)
+        seconds = session.timings.seconds()
+    if sheet is not None and contact_sheet is not None:
+        sheet.save(contact_sheet)
+    made = Made(
+        output, image.name, fit, prompt, negative, seed, str(place), str(number).removeprefix("torch."),
+        _weights(paths, loaded),
+        {stage: [(path.name, strength) for path, strength in entries] for stage, entries in paths.loras.items()},
+    )  # fmt: skip
+    record = describe(made, profile, frame, seconds, time.perf_counter() - started)
+    write_json(output.with_suffix(".json"), record)
+    if as_json:
+        click.echo(json.dumps({"ok": True, "exit_code": 0, "result": record}, ensure_ascii=False))
+    else:
+        click.echo(str(output))
+
+
+def _write_clip(
+    session: Session, request: Request, output: Path, sheet: ContactSheet | None, on_progress: OnProgress | None
+) -> None:
+    profile = session.profile
+    with VideoWriter(output, profile.width, profile.height, profile.fps) as writer:
+        for chunk in session.generate(request, on_progress):
+            writer.write(chunk.frames)
+            if sheet is not None:
+                sheet.add(chunk.frames, chunk.index)
+
+
+def _note_shape(console: Console, picture: Image.Image, profile: Profile, fit: str) -> None:
+    """Say so when fitting would cut or pad more than a third: an upright photo wants an upright clip."""
+    kept = picture.width * profile.height / (picture.height * profile.width)
+    if 2 / 3 < kept < 3 / 2:
+        return
+    grid = size_grid(profile)
+    area = (profile.width * profile.height) ** 0.5
+    ratio = (picture.width / picture.height) ** 0.5
+    size = "x".join(str(nearest_multiple(round(side), grid)) for side in (area * ratio, area / ratio))
+    done = "cuts away" if fit == "crop" else "pads"
+    console.print(
+        f"note: {done} much of this {picture.width}x{picture.height} image; --size {size} has its shape", style="yellow"
+    )
+
+
+def _note_run(console: Console, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
+    profile = loaded.profile
+    console.print(
+        f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {device}, "
+        f"{str(dtype).removeprefix('torch.')}, eager PyTorch"
+    )
+    if not loaded.trained:
+        console.print(
+            "note: no trained weights are there for this profile; these are untrained ones from a seed. "
+            "Every step runs as it will with trained weights, but all frames after the first are noise.",
+            style="yellow",
+        )
+
+
+def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype: torch.dtype, as_json: bool) -> None:
+    segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
+    plan = {
+        **describe_profile(profile),
+        "segments": [{"context": [0, *s.context], "noisy": list(s.noisy)} for s in segments],
+        "weights": {name: str(path) for name, path in paths.given.items()} or {"all": "untrained"},
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if as_json:
+        click.echo(json.dumps({"ok": True, "exit_code": 0, "plan": plan}, ensure_ascii=False))
+        return
+    for key, value in plan.items():
+        click.echo(f"{key:<12} {value}")
+
+
+def _weights(paths: ModelPaths, loaded: Loaded) -> dict[str, str]:
+    if not loaded.trained:
+        return {"all": loaded.prompts.fingerprint}
+    return {
+        name: loaded.prompts.fingerprint if name == "text" else known_fingerprint(path, cache_folder())
+        for name, path in paths.given.items()
+    }

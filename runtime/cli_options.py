@@ -1,0 +1,145 @@
+"""Options of the command line that become profile, model paths and device."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..engine.errors import EnvironmentMismatch
+from ..engine.presets import PROFILES, get_profile
+from ..engine.profile import Profile
+from .models import Lora, ModelPaths
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATH = click.Path(path_type=Path)
+MODEL_OPTIONS = {
+    "stage1": "Stage I DiT (a folder with both experts of Wan2.2-I2V-A14B is fine).",
+    "stage1_low": "Second expert of Stage I, for low noise.",
+    "stage2": "Stage II DiT.",
+    "vae1": "Stage I VAE (8x8x4).",
+    "vae2": "Stage II VAE (16x16x4).",
+    "text": "Prompt encoder: a folder with text_encoder/ and tokenizer/.",
+    "image_encoder": "CLIP vision encoder, for Wan2.1-I2V.",
+}
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        width, _, height = str(value).lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            self.fail(f"got {value!r}, want WIDTHxHEIGHT such as 512x320", param, ctx)
+        return int(width), int(height)
+
+
+class LoraOption(click.ParamType):
+    """STAGE=PATH or STAGE=PATH@STRENGTH."""
+
+    name = "STAGE=PATH[@STRENGTH]"
+    stages = ("stage1", "stage1_low", "stage2")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Lora]:
+        if isinstance(value, tuple):
+            return value
+        stage, _, rest = str(value).partition("=")
+        path, at, strength = rest.rpartition("@")
+        if not at:
+            path, strength = rest, "1"
+        try:
+            number = float(strength)
+        except ValueError:
+            self.fail(f"got strength {strength!r} in {value!r}, want a number", param, ctx)
+        if stage not in self.stages or not path:
+            self.fail(
+                f"got {value!r}, want STAGE=PATH[@STRENGTH] with STAGE one of {', '.join(self.stages)}", param, ctx
+            )
+        return stage, (Path(path), number)
+
+
+def profile_options(command: Callable) -> Callable:
+    """The options that choose and change a profile."""
+    options = [
+        click.option("--profile", "profile_name", default="nano", show_default=True, help=f"{', '.join(PROFILES)}."),
+        click.option("--frames", type=int, help="Length, 4k+1 frames."),
+        click.option("--size", type=Size(), help="Final size in pixels, such as 320x512 for an upright photo."),
+        click.option("--noisy", type=int, help="M: latent blocks made at once."),
+        click.option("--neighbours", type=int, help="N: clean blocks before them."),
+        click.option("--stage1-steps", type=int, help="Steps of Stage I."),
+        click.option("--stage2-steps", type=int, help="Steps of Stage II."),
+        click.option("--shift", type=float, help="Shift of both schedules."),
+        click.option("--guidance", type=float, help="Classifier-free guidance of both stages; 1 is off."),
+        click.option(
+            "--stage2-init",
+            type=click.Choice(["noise", "reference"]),
+            help="Start Stage II from noise, or from the noised reference (for a plain 48-channel TI2V-5B).",
+        ),
+        click.option("--strength", type=float, help="Noise level at which --stage2-init reference starts, 0 to 1."),
+    ]
+    return _apply(options, command)
+
+
+def model_options(command: Callable) -> Callable:
+    """The options that say where the weights are."""
+    options = [
+        click.option("--model-dir", type=PATH, help="Folder with stage1, stage2, vae1, vae2 and text."),
+        *(
+            click.option(f"--{name.replace('_', '-')}", name, type=PATH, help=text)
+            for name, text in MODEL_OPTIONS.items()
+        ),
+        click.option("--lora", "loras", type=LoraOption(), multiple=True, help="Merge a LoRA; may be repeated."),
+        click.option("--embeddings", type=PATH, help="Ready prompt embeddings (safetensors) in place of the encoder."),
+    ]
+    return _apply(options, command)
+
+
+def _apply(options: list, command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def make_profile(name: str, overrides: dict[str, Any]) -> Profile:
+    """The named profile with the overrides that are not None."""
+    later = {key: overrides.pop(key) for key in ("stage2_init", "strength")}
+    profile = get_profile(name).override(**overrides)
+    return replace(profile, **{key: value for key, value in later.items() if value is not None})
+
+
+def make_paths(options: dict[str, Any], loras: tuple[tuple[str, Lora], ...]) -> ModelPaths:
+    """Model paths from the single options; LoRAs are grouped by stage, in the order given."""
+    grouped = {stage: tuple(lora for name, lora in loras if name == stage) for stage in dict(loras)}
+    return ModelPaths(**{name: options[name] for name in MODEL_OPTIONS}, loras=grouped)
+
+
+def pick_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype; `auto` takes CUDA where there is one, and bf16 where the device computes in it."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentMismatch(f"device: got {name}, want one this machine has; use --device cpu")
+    if dtype != "auto":
+        return device, DTYPES[dtype]
+    return device, torch.bfloat16 if computes_bf16(device) else torch.float32
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed rather than emulated there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def cache_folder() -> Path:
+    """Where caches go: $SWIFTI2V_CACHE, else swifti2v in the user's cache folder."""
+    if own := os.environ.get("SWIFTI2V_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "swifti2v"
