@@ -1,4 +1,52 @@
-"""swifti2v: 2K video from one image, in two stages, segment by segment."""
+"""swifti2v: 2K video from one image, in two stages, segment by segment.
 
-__version__ = "0.1.0"
-__all__ = ["__version__"]
+loaded = load_models(get_profile("nano"))
+with Session.open(loaded) as session:
+    image = fit_image(load_image("photo.jpg"), session.profile.width, session.profile.height)
+    for chunk in session.generate(Request(image, "slow zoom in")):
+        ...  # chunk.frames: uint8 [n, H, W, 3], chunk.index: the first one's place in the clip
+"""
+
+__version__ = "0.1.0"  # before the imports: modules below read it
+
+from .engine.dit import DiT
+from .engine.errors import SwiftError
+from .engine.presets import PROFILES, get_profile
+from .engine.profile import DiTConfig, Profile, StageConfig, VAEConfig
+from .engine.segments import Segment, plan_segments
+from .engine.vae import VAE
+from .engine.weights import convert, load_dit, load_vae
+from .runtime.contact_sheet import ContactSheet
+from .runtime.image import fit_image, load_image
+from .runtime.models import Loaded, ModelPaths, find_models, load_models
+from .runtime.session import FrameChunk, Progress, Request, Session
+from .runtime.video import VideoWriter
+
+__all__ = [
+    "PROFILES",
+    "VAE",
+    "ContactSheet",
+    "DiT",
+    "DiTConfig",
+    "FrameChunk",
+    "Loaded",
+    "ModelPaths",
+    "Profile",
+    "Progress",
+    "Request",
+    "Segment",
+    "Session",
+    "StageConfig",
+    "SwiftError",
+    "VAEConfig",
+    "VideoWriter",
+    "convert",
+    "find_models",
+    "fit_image",
+    "get_profile",
+    "load_dit",
+    "load_image",
+    "load_models",
+    "load_vae",
+    "plan_segments",
+]

@@ -162,7 +162,7 @@ def dit_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> DiTCon
         dim=dim,
         ffn_dim=_size(shapes, "blocks.0.ffn.0.weight", 0, source),
         heads=heads,
-        layers=_count(shapes, r"blocks\.(\d+)\."),
+        layers=_count(shapes, "blocks.", source),
         in_channels=_size(shapes, "patch_embedding.weight", 1, source),
         out_channels=_size(shapes, "head.head.weight", 0, source) // 4,
         text_dim=_size(shapes, "text_embedding.0.weight", 1, source),
@@ -202,7 +202,7 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> VAECon
     """The VAE that tensors of these shapes (our names) make; config.json adds the latent statistics."""
     z = _size(shapes, "post_quant.weight", 0, source)
     width = _size(shapes, "encoder.conv_in.weight", 0, source)
-    stages = _count(shapes, r"encoder\.stages\.(\d+)\.")
+    stages = _count(shapes, "encoder.stages.", source)
     firsts = [f"encoder.stages.{i}.blocks.0.conv1.weight" for i in range(stages)]
     mult = tuple(_whole(_size(shapes, name, 0, source), width, name, source) for name in firsts)
     if not mult:
@@ -219,7 +219,7 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> VAECon
         mean=mean,
         std=std,
         mult=mult,
-        res_blocks=_count(shapes, r"encoder\.stages\.0\.blocks\.(\d+)\."),
+        res_blocks=_count(shapes, "encoder.stages.0.blocks.", source),
         temporal=tuple(any(n.startswith(f"encoder.stages.{i}.resample.time_conv.") for n in shapes) for i in downs),
         patch=patch,
         residual=up[0] == up[1],
@@ -305,9 +305,14 @@ def _whole(value: int, unit: int, name: str, source: str) -> int:
     return value // unit
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers stand where the pattern has its group."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
+def _count(names: Iterable[str], before: str, source: str) -> int:
+    """How many members a list has whose names begin with `before` and a number; they count from 0 without gaps."""
+    pattern = re.compile(re.escape(before) + r"(\d+)\.")
+    numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
+    gaps = set(range(len(numbers))) - numbers
+    if gaps:
+        raise WeightsError(f"{source}: got no '{before}{min(gaps)}', want it too; the file is incomplete")
+    return len(numbers)
 
 
 def _given(config: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any, source: str) -> Any:

@@ -1,6 +1,7 @@
 """Stage II: Conditional Segment-wise Generation. A segment is encoded, denoised and decoded before the next starts."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -82,22 +83,27 @@ def run_segment(
     seed: int,
     sigmas: Sequence[float],
     on_step: Callable[[int], None] | None = None,
+    phase: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> tuple[Tensor, SegmentState]:
     """One whole segment: encode its reference, denoise, decode. The state's caches are donated.
 
+    `phase(name)` is entered around each of the three, for whoever measures.
     Returns pixels [1, 3, n, H, W] in [-1, 1] (the first segment's begin with frame 0) and the next state.
     """
     size = (profile.height, profile.width)
-    reference, motion_cache, reference_cache = reference_blocks(
-        graphs, motion, segment.noisy, size, state.motion_cache, state.reference_cache
-    )
-    state = replace(state, motion_cache=motion_cache, reference_cache=reference_cache)
-    noise = block_noise(seed, 2, segment.noisy, (state.anchor.shape[1], *state.anchor.shape[3:]))
-    graph = graphs["stage2_first" if segment.index == 0 else "stage2_next"]
-    latents, state = denoise_segment(
-        graph, profile, segment, state, conditions, reference, noise.to(motion.device), sigmas, on_step
-    )
-    return decode_segment(graphs, latents, state)
+    with phase("reference"):
+        reference, motion_cache, reference_cache = reference_blocks(
+            graphs, motion, segment.noisy, size, state.motion_cache, state.reference_cache
+        )
+        state = replace(state, motion_cache=motion_cache, reference_cache=reference_cache)
+    with phase("denoise"):
+        noise = block_noise(seed, 2, segment.noisy, (state.anchor.shape[1], *state.anchor.shape[3:]))
+        graph = graphs["stage2_first" if segment.index == 0 else "stage2_next"]
+        latents, state = denoise_segment(
+            graph, profile, segment, state, conditions, reference, noise.to(motion.device), sigmas, on_step
+        )
+    with phase("decode"):
+        return decode_segment(graphs, latents, state)
 
 
 def decode_segment(graphs: Executables, latents: Tensor, state: SegmentState) -> tuple[Tensor, SegmentState]:

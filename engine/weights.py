@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -323,7 +324,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         part.replace(path)
     except (SafetensorError, OSError, ValueError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise WeightsError(
             f"{path}: got an error while writing ({first_line(error)}), want the whole file; "
             "free space or choose another place"

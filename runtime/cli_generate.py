@@ -17,7 +17,7 @@ from .cli_progress import show_progress
 from .contact_sheet import ContactSheet
 from .fingerprints import known_fingerprint
 from .image import IMAGE_SUFFIXES, check_target, fit_image, load_image
-from .models import Loaded, ModelPaths, find_models, load_models, open_session
+from .models import Loaded, ModelPaths, find_models, load_models
 from .session import OnProgress, Request, Session
 from .sidecar import Made, describe, describe_profile, write_json
 from .video import VIDEO_SUFFIXES, VideoWriter
@@ -77,14 +77,14 @@ def generate(
     if dry_run:
         _print_plan(profile, paths, place, number, as_json)
         return
-    loaded = load_models(profile, paths, number, place, cache_folder(), embeddings)
+    loaded = load_models(profile, paths, place, number, cache_folder(), embeddings)
     profile = loaded.profile
     if not quiet:
-        _note_run(console, loaded, place, number)
+        _note_run(console, loaded)
     started = time.perf_counter()
     request = Request(frame, prompt, negative, seed)
     sheet = ContactSheet(profile.frames) if contact_sheet is not None else None
-    with open_session(loaded, place, number) as session, show_progress(console, quiet) as on_progress:
+    with Session.open(loaded) as session, show_progress(console, quiet) as on_progress:
         _write_clip(session, request, output, sheet, on_progress)
         seconds = session.timings.seconds()
     if sheet is not None and contact_sheet is not None:
@@ -128,11 +128,11 @@ def _note_shape(console: Console, picture: Image.Image, profile: Profile, fit: s
     )
 
 
-def _note_run(console: Console, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> None:
+def _note_run(console: Console, loaded: Loaded) -> None:
     profile = loaded.profile
     console.print(
-        f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {device}, "
-        f"{str(dtype).removeprefix('torch.')}, eager PyTorch"
+        f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {loaded.device}, "
+        f"{str(loaded.dtype).removeprefix('torch.')}, eager PyTorch"
     )
     if not loaded.trained:
         console.print(

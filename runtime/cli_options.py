@@ -12,6 +12,7 @@ import torch
 from ..engine.errors import EnvironmentMismatch
 from ..engine.presets import PROFILES, get_profile
 from ..engine.profile import Profile
+from .devices import best_dtype
 from .models import Lora, ModelPaths
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,16 +126,7 @@ def pick_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentMismatch(f"device: got {name}, want one this machine has; use --device cpu")
-    if dtype != "auto":
-        return device, DTYPES[dtype]
-    return device, torch.bfloat16 if computes_bf16(device) else torch.float32
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed rather than emulated there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return device, best_dtype(device) if dtype == "auto" else DTYPES[dtype]
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,8 @@ from rich.table import Table
 from ..engine.errors import EnvironmentMismatch, WeightsError
 from ..engine.presets import PROFILES
 from ..engine.weights import convert as convert_pickle
-from .cli_options import PATH, cache_folder, computes_bf16
+from .cli_options import PATH, cache_folder
+from .devices import computes_bf16
 from .inspection import describe_checkpoint
 from .models import SHIPPED
 from .sidecar import versions

@@ -19,11 +19,10 @@ from ..engine.profile import Profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .backend_eager import open_eager
 from .conditioning import CachedEncoder, EmbeddingCache, PromptEncoder, load_embeddings
+from .devices import best_dtype
 from .encoders import ClipVisionEncoder, Umt5Encoder, umt5_fingerprint
 from .prompts import GivenPrompts, WordPrompts
-from .session import Session
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 # Subfolders under which public repositories keep the two experts of one model: (high noise, low noise).
@@ -98,22 +97,28 @@ class Loaded:
     profile: Profile
     modules: dict[str, nn.Module]
     prompts: PromptEncoder
+    device: torch.device
+    dtype: torch.dtype
     image_encoder: Callable[[np.ndarray], Tensor] | None = None
     trained: bool = True
 
 
 def load_models(
     profile: Profile,
-    paths: ModelPaths,
-    dtype: torch.dtype,
-    device: torch.device,
-    cache: Path,
+    paths: ModelPaths | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    cache: Path | None = None,
     embeddings: Path | None = None,
 ) -> Loaded:
-    """Open everything a session needs; `cache` is the folder for prompt embeddings, `embeddings` a file of ready ones.
+    """Open everything a session needs. dtype None is the best the device computes in.
 
-    Without any path, small profiles get untrained weights from a fixed seed.
+    `paths` None are the weights shipped for the profile; where there are none, small profiles get untrained ones from a
+    fixed seed. `cache` is the folder where prompt embeddings are kept, `embeddings` a file of ready ones.
     """
+    device = torch.device(device)
+    dtype = dtype or best_dtype(device)
+    paths = find_models(profile, None, ModelPaths()) if paths is None else paths
     if not paths.given:
         return untrained_models(profile, dtype, device)
     profile, modules = load_modules(profile, paths, dtype, device)
@@ -128,10 +133,10 @@ def load_models(
         prompts: PromptEncoder = GivenPrompts(ready, fingerprint(embeddings))
         if ready.image is not None:
             image = ready.image
-            return Loaded(profile, modules, prompts, lambda _: image)
+            return Loaded(profile, modules, prompts, device, dtype, lambda _: image)
     else:
         prompts = _prompt_encoder(profile, paths, dtype, device, cache)
-    return Loaded(profile, modules, prompts, _image_encoder(profile, paths, device))
+    return Loaded(profile, modules, prompts, device, dtype, _image_encoder(profile, paths, device))
 
 
 def load_modules(
@@ -187,7 +192,7 @@ def untrained_models(profile: Profile, dtype: torch.dtype, device: torch.device,
     for module in modules.values():
         for parameter in module.parameters():  # buffers stay fp32
             parameter.data = parameter.data.to(dtype)
-    return Loaded(profile, modules, WordPrompts(words, f"untrained-{seed}"), trained=False)
+    return Loaded(profile, modules, WordPrompts(words, f"untrained-{seed}"), device, dtype, trained=False)
 
 
 def _words(profile: Profile) -> WordEncoder:
@@ -196,7 +201,7 @@ def _words(profile: Profile) -> WordEncoder:
 
 
 def _prompt_encoder(
-    profile: Profile, paths: ModelPaths, dtype: torch.dtype, device: torch.device, cache: Path
+    profile: Profile, paths: ModelPaths, dtype: torch.dtype, device: torch.device, cache: Path | None
 ) -> PromptEncoder:
     if paths.text is None:
         raise WeightsError(
@@ -207,6 +212,8 @@ def _prompt_encoder(
     if profile.text.kind == "words":
         return WordPrompts(load_words(path, device=device), fingerprint(path))
     wide = dtype if dtype == torch.float32 else torch.bfloat16  # UMT5 overflows in fp16
+    if cache is None:
+        return Umt5Encoder.open(path, device, wide, text_len)
     return CachedEncoder(
         lambda: Umt5Encoder.open(path, device, wide, text_len),
         umt5_fingerprint(path, wide, text_len),
@@ -220,9 +227,3 @@ def _image_encoder(profile: Profile, paths: ModelPaths, device: torch.device) ->
     if path is None or not profile.stage1.dit.image_dim:
         return None
     return lambda frame: ClipVisionEncoder.open(path, device).encode(torch.from_numpy(frame))
-
-
-def open_session(loaded: Loaded, device: torch.device, dtype: torch.dtype) -> Session:
-    """An eager session on loaded models."""
-    graphs = open_eager(loaded.profile, loaded.modules, dtype)
-    return Session(loaded.profile, graphs, loaded.prompts, device, loaded.image_encoder)

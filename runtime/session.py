@@ -20,8 +20,10 @@ from ..engine.segments import plan_segments
 from ..engine.stage1 import expert_of, image_condition, run_stage1
 from ..engine.stage2 import run_segment, start_state
 from ..engine.state import Conditions, SegmentState
+from .backend_eager import open_eager
 from .conditioning import PromptEncoder
 from .image import to_frames, to_tensor
+from .models import Loaded
 from .timing import Timings
 
 Phase = Literal["prompt", "stage1", "stage2"]
@@ -94,6 +96,12 @@ class Session:
         self._encoder = encoder
         self._image_encoder = image_encoder
 
+    @classmethod
+    def open(cls, loaded: Loaded) -> "Session":
+        """An eager session on the models that `load_models` gives."""
+        graphs = open_eager(loaded.profile, loaded.modules, loaded.dtype)
+        return cls(loaded.profile, graphs, loaded.prompts, loaded.device, loaded.image_encoder)
+
     def __enter__(self) -> "Session":
         return self
 
@@ -144,10 +152,11 @@ class Session:
             def on_step(step: int, at: int = segment.index) -> None:
                 _report(on_progress, Progress("stage2", step + 1, len(clip.sigmas), at, len(segments)))
 
-            with self.timings.phase("stage2"):
-                pixels, state = run_segment(
-                    self.graphs, profile, segment, state, clip.conditions, clip.motion, clip.seed, clip.sigmas, on_step
-                )
+            pixels, state = run_segment(
+                self.graphs, profile, segment, state, clip.conditions, clip.motion, clip.seed, clip.sigmas, on_step,
+                self.timings.phase,
+            )  # fmt: skip
+            with self.timings.phase("frames"):
                 frames = to_frames(pixels)
             if index == 0:
                 frames[0] = request.image
