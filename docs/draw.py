@@ -13,10 +13,10 @@ KINDS = {"anchor": "#f2b84b", "context": "#7fb8e6", "noisy": "#e2725b", "rest": 
 CELL, GAP, LEFT, TOP = 30, 4, 150, 210
 BOXES = (
     ("image", "+ prompt", "#f2b84b"),
-    ("Stage I", "large DiT, 640x352", "#c9d7c3"),
-    ("reference", "upsampled, frame 0 kept", "#dfe5ea"),
-    ("Stage II", "smaller DiT, 2560x1408", "#c9d7c3"),
-    ("decode", "12 frames a segment", "#dfe5ea"),
+    ("Stage I", "14B, 640x352", "#c9d7c3"),
+    ("reference", "upsampled x4", "#dfe5ea"),
+    ("Stage II", "5B, 2560x1408", "#c9d7c3"),
+    ("decode", "12 frames each", "#dfe5ea"),
 )
 
 
@@ -72,7 +72,8 @@ def draw(blocks: int = 21) -> str:
     rows = len(plan_segments(blocks))
     bottom = TOP + rows * (CELL + GAP) + 14
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 34}" font-family="system-ui, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 34}" '
+        'font-family="system-ui, sans-serif">',
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="5" refY="4" orient="auto">'
         f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>',
         f'<rect width="100%" height="100%" rx="10" fill="{PAPER}"/>',

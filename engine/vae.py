@@ -107,7 +107,8 @@ class Encoder(nn.Module):
                 x = stage(x, tape)
             return x
 
-        x = frame_by_frame(run_early, patchify(pixels, self.patch), tape, slots)
+        area = pixels.shape[3] * pixels.shape[4]
+        x = frame_by_frame(run_early, patchify(pixels, self.patch), tape, slots, area)
         for stage in self.stages[self.framewise :]:
             x = stage(x, tape)
         return self.conv_out(F.silu(self.norm_out(self.middle(x, tape))), tape)
@@ -119,6 +120,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.patch = config.patch
+        self.spatial = config.spatial
         widths = [config.decoder_dim * m for m in (config.mult[-1], *reversed(config.mult))]
         self.conv_in = CausalConv(config.latent_channels, widths[0])
         self.middle = Middle(widths[0])
@@ -147,7 +149,8 @@ class Decoder(nn.Module):
             y = self.conv_out(F.silu(self.norm_out(y)), tape)
             return unpatchify(y, self.patch).clamp(-1, 1)
 
-        return frame_by_frame(run_late, x, tape, slots)
+        area = latents.shape[3] * latents.shape[4] * self.spatial**2
+        return frame_by_frame(run_late, x, tape, slots, area)
 
 
 class VAE(nn.Module):

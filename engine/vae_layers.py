@@ -13,6 +13,7 @@ from ..kernels.attention import attention
 from ..kernels.norm import channel_norm
 
 VaeCache = tuple[Tensor, ...]
+TOGETHER = 2**20  # pixels of small frames that run together
 
 
 class Tape:
@@ -213,15 +214,16 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
-def frame_by_frame(run: Callable[[Tensor, Tape], Tensor], x: Tensor, tape: Tape, slots: int) -> Tensor:
-    """Run layers that keep the frame rate one frame at a time: the same values, and memory for one frame.
+def frame_by_frame(run: Callable[[Tensor, Tape], Tensor], x: Tensor, tape: Tape, slots: int, pixels: int) -> Tensor:
+    """Run layers that keep the frame rate a few frames at a time: the same values, and memory for those alone.
 
-    `slots` is how many caches `run` uses.
+    `slots` is how many caches `run` uses. `pixels` is the size of a full frame: large ones go one by one, while small
+    ones go together, because many small calls are slower.
     """
     caches, outputs = tape.split(slots), []
-    for frame in x.split(1, dim=2):
+    for frames in x.split(max(1, TOGETHER // pixels), dim=2):
         inner = Tape(caches, tape.donate)
-        outputs.append(run(frame, inner))
+        outputs.append(run(frames, inner))
         caches = inner.caches()
     tape.join(caches or ())
     return torch.cat(outputs, dim=2)

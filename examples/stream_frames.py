@@ -1,6 +1,6 @@
 """Save every frame as a PNG the moment its segment is finished.
 
-    python examples/stream_frames.py photo.jpg out_folder "slow zoom in" tiny
+python examples/stream_frames.py photo.jpg out_folder "slow zoom in" tiny
 """
 
 import sys

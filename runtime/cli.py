@@ -7,6 +7,7 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+import torch
 
 from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftError
 from .cli_generate import generate
@@ -49,8 +50,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code, text = ENVIRONMENT, str(error)
     except SwiftError as error:
         code, text = FAILED, str(error)
-    except MemoryError:
-        code, text = FAILED, "memory: got too little, want more for this profile; make the size or frames smaller"
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "not enough memory" not in str(error):
+            raise
+        code, text = FAILED, "memory: got too little, want more for this profile; make the size smaller"
     if "--json" in arguments:
         click.echo(json.dumps({"ok": False, "exit_code": code, "error": text}))
     click.echo("swifti2v: " + " ".join(text.split()), err=True)

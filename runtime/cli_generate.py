@@ -12,7 +12,16 @@ from rich.console import Console
 
 from ..engine.profile import Profile, nearest_multiple, size_grid
 from ..engine.segments import plan_segments
-from .cli_options import PATH, cache_folder, make_paths, make_profile, model_options, pick_device, profile_options
+from .cli_options import (
+    PATH,
+    Device,
+    cache_folder,
+    make_paths,
+    make_profile,
+    model_options,
+    pick_device,
+    profile_options,
+)
 from .cli_progress import show_progress
 from .contact_sheet import ContactSheet
 from .fingerprints import known_fingerprint
@@ -37,7 +46,7 @@ PROFILE_KEYS = (
 @click.option("--fit", type=click.Choice(["crop", "pad"]), default="crop", show_default=True, help="Fit of the image.")
 @profile_options
 @model_options
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--contact-sheet", type=PATH, help="Also write a PNG with frames of the whole clip.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -147,7 +156,8 @@ def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype
     plan = {
         **describe_profile(profile),
         "segments": [{"context": [0, *s.context], "noisy": list(s.noisy)} for s in segments],
-        "weights": {name: str(path) for name, path in paths.given.items()} or {"all": "untrained"},
+        "weights": {name: str(path) for name, path in paths.given.items()}
+        or {"all": "untrained" if profile.text.kind == "words" else "none given"},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -1,6 +1,7 @@
 """Options of the command line that become profile, model paths and device."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,17 @@ class Size(click.ParamType):
         if not (width.isdecimal() and height.isdecimal()):
             self.fail(f"got {value!r}, want WIDTHxHEIGHT such as 512x320", param, ctx)
         return int(width), int(height)
+
+
+class Device(click.ParamType):
+    """auto, cpu, cuda or cuda:N."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+            self.fail(f"got {value!r}, want auto, cpu, cuda or cuda:N", param, ctx)
+        return str(value)
 
 
 class LoraOption(click.ParamType):
@@ -124,7 +136,7 @@ def make_paths(options: dict[str, Any], loras: tuple[tuple[str, Lora], ...]) -> 
 def pick_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Device and dtype; `auto` takes CUDA where there is one, and bf16 where the device computes in it."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentMismatch(f"device: got {name}, want one this machine has; use --device cpu")
     return device, best_dtype(device) if dtype == "auto" else DTYPES[dtype]
 

@@ -1,5 +1,8 @@
 """What tests share: tiny real models, every parameter random, on the CPU."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,16 +41,20 @@ def tiny_modules(profile: Profile) -> dict[str, nn.Module]:
     return modules
 
 
-def tiny_session(profile: Profile, dtype: torch.dtype = torch.float32) -> Session:
-    """An eager session on random modules."""
+def tiny_session(
+    profile: Profile,
+    spoil: str = "",
+    image_encoder: Callable[[np.ndarray], torch.Tensor] | None = None,
+) -> Session:
+    """An eager fp32 session on random modules; those called `spoil` get a NaN."""
     modules = tiny_modules(profile)
-    for module in modules.values():
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
+    if spoil:
+        next(modules[spoil].parameters()).view(-1)[0] = float("nan")
     dit = profile.stage1.dit
     words = WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len)
     randomise(words, 5)
-    return Session(profile, open_eager(profile, modules, dtype), WordPrompts(words, "tests"))
+    graphs = open_eager(profile, modules, torch.float32)
+    return Session(profile, graphs, WordPrompts(words, "tests"), image_encoder=image_encoder)
 
 
 @pytest.fixture

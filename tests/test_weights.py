@@ -22,6 +22,7 @@ from swifti2v.engine.errors import WeightsError
 from swifti2v.engine.presets import get_profile
 from swifti2v.engine.profile import DiTConfig
 from swifti2v.engine.rope import half_split_order
+from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.engine.weights import (
     FILE_NAME,
@@ -29,9 +30,11 @@ from swifti2v.engine.weights import (
     fingerprint,
     load_dit,
     load_vae,
+    load_words,
     read_state,
     save_dit,
     save_vae,
+    save_words,
 )
 
 TINY = DiTConfig(
@@ -126,10 +129,6 @@ def test_dtype(tmp_path: Path, dtype: torch.dtype):
     loaded = load_dit(tmp_path, dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     same(loaded, model.to(dtype))
-
-
-def test_only_float_dtypes_can_be_asked_for(tmp_path: Path):
-    save_dit(DiT(TINY), tmp_path)
     for load in (load_dit, load_vae):
         refused(tmp_path, "torch.float8_e4m3fn", "bfloat16", load=load, dtype=torch.float8_e4m3fn)
 
@@ -184,6 +183,16 @@ def test_a_profile_s_models_come_back_equal(tmp_path: Path, name: str, dtype: to
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_words_come_back_equal(tmp_path: Path):
+    model = WordEncoder(16, 6, 5)
+    file = save_words(model, tmp_path)
+    same(load_words(tmp_path), model)
+    state = load_file(file)
+    refused(write(tmp_path / "b" / "a.safetensors", {"x": torch.ones(1)}), "a word encoder's tensors", load=load_words)
+    del state["embedding.weight"]
+    refused(write(file, state), "a word encoder's tensors", load=load_words)
+
+
 # Files and folders
 
 
@@ -227,8 +236,10 @@ def test_which_file_of_a_folder(tmp_path: Path):
     refused(tmp_path, "without *.safetensors")
     refused(tmp_path / "none", "no such file or folder")
     refused(tmp_path / "none.safetensors", "no such file")
-    (tmp_path / "model.pth").write_bytes(b"")
-    refused(tmp_path, "swifti2v convert model.pth")
+    for name, words in (("a.gguf", "quantised GGUF"), ("a.txt", "no checkpoint"), ("m.pth", "swifti2v convert m.pth")):
+        (tmp_path / name).write_bytes(b"GGUF")
+        refused(tmp_path / name, words)
+    refused(tmp_path, "swifti2v convert m.pth")
     save_dit(DiT(TINY), tmp_path)
     assert load_dit(tmp_path).config == TINY
     write(tmp_path / "b.safetensors", {"x": torch.ones(1)})
@@ -238,18 +249,11 @@ def test_which_file_of_a_folder(tmp_path: Path):
     refused(index.parent, "2 checkpoints", "index.json, b.safetensors")
 
 
-@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "ckpt"])
-def test_pickles_are_not_loaded(tmp_path: Path, suffix: str):
-    path = tmp_path / f"wan.{suffix}"
-    torch.save({"a": torch.ones(2)}, path)
-    for load in (load_dit, load_vae, read_state):
-        refused(path, "pickle", f"swifti2v convert wan.{suffix}", load=load)
-
-
-def test_gguf_and_other_files(tmp_path: Path):
-    for name, word in (("a.gguf", "quantised GGUF"), ("a.txt", "no checkpoint")):
-        (tmp_path / name).write_bytes(b"GGUF")
-        refused(tmp_path / name, word)
+def test_pickles_are_not_loaded(tmp_path: Path):
+    for suffix in ("pth", "pt", "bin", "ckpt"):
+        torch.save({"a": torch.ones(2)}, tmp_path / f"wan.{suffix}")
+        for load in (load_dit, load_vae, read_state):
+            refused(tmp_path / f"wan.{suffix}", "pickle", f"swifti2v convert wan.{suffix}", load=load)
 
 
 @pytest.fixture(scope="module")
@@ -259,14 +263,11 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@given(data=st.data())
+@given(cut=st.integers(0, 175))
 @settings(max_examples=60, deadline=None)
-def test_a_file_cut_short_is_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, whole_file: bytes, data: st.DataObject
-):
-    cut = data.draw(st.integers(0, len(whole_file) - 1))
+def test_a_file_cut_short_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, whole_file: bytes, cut: int):
     path = tmp_path_factory.getbasetemp() / "cut.safetensors"
-    path.write_bytes(whole_file[:cut])
+    path.write_bytes(whole_file[: cut % len(whole_file)])
     refused(path, "does not open", "fetch it again", load=read_state)
 
 
@@ -305,20 +306,14 @@ def test_a_fingerprint_of_several_and_of_every_dtype(tmp_path: Path):
 
 
 def test_a_state_is_read_when_asked_for(tmp_path: Path):
-    path = write(tmp_path / "a.safetensors", {"x": torch.ones(2, 3, dtype=torch.bfloat16), "y": torch.zeros(1)})
-    state = read_state(path)
+    write(tmp_path / "a.safetensors", {"x": torch.ones(2, 3, dtype=torch.bfloat16), "y": torch.zeros(1)})
+    state = read_state(tmp_path)
     assert set(state) == {"x", "y"}
-    assert len(state) == 2
-    assert "z" not in state
     assert (state.shape("x"), state.dtype("x")) == ((2, 3), "BF16")
     assert torch.equal(state["x"], torch.ones(2, 3, dtype=torch.bfloat16))
 
 
 # Pickles
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -347,12 +342,12 @@ def test_convert(tmp_path: Path, zipped: bool, nest: tuple[str, ...]):
     assert manifest == {
         "format": 1,
         "source": "Wan2.1_VAE.pth",
-        "source_sha256": sha256(source),
+        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "tensors": 7,
         "dtypes": {"float32": 5, "bfloat16": 1, "int64": 1},
         "bytes": sum(t.nbytes for t in want.values()),
         "output": "Wan2.1_VAE.safetensors",
-        "output_sha256": sha256(out),
+        "output_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "swifti2v": swifti2v.__version__,
     }
     assert json.loads((tmp_path / "out.d" / "Wan2.1_VAE.safetensors.manifest.json").read_text()) == manifest
@@ -367,7 +362,7 @@ class Trap:
 def test_convert_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(1), "b": Trap()}, tmp_path / "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": Trap()}))
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": Trap()}, protocol=2))
     for name in ("a.pth", "b.pth"):
         refused(tmp_path / name, "not plain weights", load=lambda path: convert(path, tmp_path / "out"))
     assert not (tmp_path / "sprung").exists()
