@@ -26,10 +26,12 @@ demo: setup
 	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
 
 test: setup-dev lint type
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"
+	$(BIN)/python -m pytest -m "serial and not slow and not gpu"
 
 test-all: setup-dev lint type
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not serial"
+	$(BIN)/python -m pytest -m "serial and not gpu"
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu

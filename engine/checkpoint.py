@@ -16,9 +16,12 @@ NESTED = ("state_dict", "model", "module")  # where trainers put the weights ins
 class State(Mapping[str, Tensor]):
     """The tensors of a checkpoint, each read when asked for, and the parsed config.json beside them ({} if none)."""
 
-    def __init__(self, source: str, config: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    def __init__(
+        self, source: str, config: Mapping[str, Any], files: Mapping[str, Any], metadata: Mapping[str, str]
+    ) -> None:
         self.source = source
         self.config = config
+        self.metadata = metadata  # of a single file's header
         self._files = files  # tensor name -> open file
 
     def __getitem__(self, name: str) -> Tensor:

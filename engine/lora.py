@@ -5,12 +5,15 @@ DiffSynth (bare names, `.lora_A.default`), PEFT (`transformer.`, diffusers names
 Every key is used or refused by name: a LoRA that fits in part is a LoRA of another model.
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .checkpoint import State
 from .errors import WeightsError
 from .layouts import dit_name_from_diffusers
 
@@ -27,6 +30,7 @@ ENDINGS = {
     ".diff_b": ("diff", "bias"),
     ".diff_m": ("diff", "modulation"),
 }
+ENDING_OF_DOWN = re.compile(r"\.lora_(down|A)(\.default)?\.weight$")
 PREFIXES = ("base_model.model.", "diffusion_model.", "pipe.dit.", "transformer.")  # removed in this order
 KOHYA = "lora_unet_"
 OTHER_METHODS = {
@@ -60,6 +64,29 @@ def merge_loras(state: MutableMapping[str, Tensor], loras: Sequence[tuple[str, M
             plan.setdefault(target, []).append((strength, parts))
     for target, changes in plan.items():
         state[target] = _merged(state[target], changes)
+
+
+def with_alphas(lora: State) -> Mapping[str, Tensor]:
+    """The LoRA's tensors, with an alpha for each pair where PEFT wrote one number for all into the file's header.
+
+    WeightsError for a header that scales layers differently, which the tensors cannot say.
+    """
+    header = lora.metadata.get("lora_adapter_metadata")
+    if header is None:
+        return lora
+    try:
+        settings = {key.rpartition(".")[2]: value for key, value in json.loads(header).items()}
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"LoRA {lora.source!r}: got an unreadable lora_adapter_metadata, want JSON; save the adapter again"
+        ) from error
+    uneven = [key for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if settings.get(key)]
+    _refuse(lora.source, uneven, "settings beyond one rank and alpha", "a plain LoRA; merge it with PEFT first")
+    alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, (int, float)):
+        return lora
+    downs = [key for key in lora if ENDING_OF_DOWN.search(key)]
+    return {**lora, **{ENDING_OF_DOWN.sub(".alpha", key): torch.tensor(float(alpha)) for key in downs}}
 
 
 def _merged(weight: Tensor, changes: Sequence[tuple[float, Parts]]) -> Tensor:

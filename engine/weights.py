@@ -8,6 +8,7 @@ therefore not be overwritten in place; what is written here is written beside it
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from .layouts import (
     vae_modules,
     vae_names,
 )
+from .lora import merge_loras, with_alphas
 from .rope import half_split_order
 from .text import WordEncoder
 from .vae import VAE
@@ -58,6 +60,7 @@ def read_state(path: AnyPath) -> State:
     WeightsError for anything else, for a damaged file, and for an index that names files outside its folder.
     """
     source, path = str(path), Path(path)
+    metadata: dict[str, str] = {}
     if path.is_dir():
         path = _only_checkpoint(path)
     if path.name.endswith(INDEX):
@@ -65,10 +68,11 @@ def read_state(path: AnyPath) -> State:
     elif path.suffix == ".safetensors":
         file = _open(path)
         files = dict.fromkeys(file.keys(), file)
+        metadata = file.metadata() or {}
     else:
         raise WeightsError(foreign_file(path))
     config = path.parent / "config.json"
-    return State(source, _read_json(config) if config.is_file() else {}, files)
+    return State(source, _read_json(config) if config.is_file() else {}, files, metadata)
 
 
 def load_dit(
@@ -94,9 +98,7 @@ def load_dit(
     check_tensors(names, shapes, _shapes(_on_meta(DiT, config)), checkpoint.source)
     state = {name: checkpoint[full] for name, full in names.items()}
     if loras:
-        from .lora import merge_loras
-
-        merge_loras(state, [(str(lora), read_state(lora), strength) for lora, strength in loras])
+        merge_loras(state, [(str(lora), with_alphas(read_state(lora)), strength) for lora, strength in loras])
     if in_channels is not None:
         state["patch_embedding.weight"] = _widen(state["patch_embedding.weight"], in_channels, checkpoint.source)
         config = replace(config, in_channels=in_channels)
@@ -337,7 +339,9 @@ def _unpickle(path: Path) -> object:
         raise WeightsError(f"{path}: got no such file, want a pickled checkpoint; correct the path")
     try:
         mapped = zipfile.is_zipfile(path)  # files of old torch versions cannot be mapped
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        with warnings.catch_warnings():  # on pickles that are refused here anyway
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises whatever the damaged or foreign pickle led to
         raise WeightsError(
             f"{path}: got a pickle that is not plain weights ({first_line(error)}), want a state dict of tensors; "

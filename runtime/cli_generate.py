@@ -153,11 +153,11 @@ def _note_run(console: Console, loaded: Loaded) -> None:
 
 def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype: torch.dtype, as_json: bool) -> None:
     segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
+    missing = "untrained" if profile.text.kind == "words" else "none given"
     plan = {
         **describe_profile(profile),
         "segments": [{"context": [0, *s.context], "noisy": list(s.noisy)} for s in segments],
-        "weights": {name: str(path) for name, path in paths.given.items()}
-        or {"all": "untrained" if profile.text.kind == "words" else "none given"},
+        "weights": {name: str(path) for name, path in paths.given.items()} or {"all": missing},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -57,6 +57,10 @@ def tiny_session(
     return Session(profile, graphs, WordPrompts(words, "tests"), image_encoder=image_encoder)
 
 
+# Tests run beside each other, and on a shared machine threads that wait for one another cost far more than they give.
+torch.set_num_threads(1)
+
+
 @pytest.fixture
 def tiny() -> Profile:
     return get_profile("tiny")
@@ -68,6 +72,7 @@ def make_session():
     return tiny_session
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_modules():
+    """Makes random modules for a profile: `make_modules(profile)`."""
     return tiny_modules

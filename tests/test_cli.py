@@ -22,6 +22,7 @@ TINY = ["--profile", "tiny", "--dtype", "fp32"]
 
 def swifti2v(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     command = [*SWIFTI2V, *map(str, arguments)]
+    options["env"] = options.get("env", os.environ | {"OMP_NUM_THREADS": "1"})
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 

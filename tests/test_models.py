@@ -1,0 +1,175 @@
+"""From a model folder to a clip: every path resolved, every mismatch refused, the pixels those of the modules."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swifti2v import ModelPaths, Profile, Request, Session, find_models, load_models
+from swifti2v.engine.errors import ProfileError, SpecError, WeightsError
+from swifti2v.engine.presets import get_profile
+from swifti2v.engine.text import WordEncoder
+from swifti2v.engine.weights import save_dit, save_vae, save_words
+from swifti2v.runtime.conditioning import Embeddings, save_embeddings
+from swifti2v.runtime.fingerprints import known_fingerprint
+from swifti2v.runtime.inspection import describe_checkpoint
+
+FP32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, save_models) -> Path:
+    return save_models(get_profile("tiny"), tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def save_models(make_modules):
+    def save(profile: Profile, folder: Path) -> Path:
+        modules = make_modules(profile)
+        for name, module in modules.items():
+            (save_vae if name.startswith("vae") else save_dit)(module, folder / name)
+        torch.manual_seed(0)
+        dit = profile.stage1.dit
+        save_words(WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len), folder / "text")
+        return folder
+
+    return save
+
+
+def open_folder(profile: Profile, folder: Path, **single) -> Session:
+    return Session.open(load_models(profile, find_models(profile, folder, ModelPaths(**single)), dtype=FP32))
+
+
+def first_chunk(session: Session, **request) -> np.ndarray:
+    profile = session.profile
+    image = np.random.default_rng(0).integers(0, 256, (profile.height, profile.width, 3), np.uint8)
+    with session:
+        return next(session.generate(Request(image, "zoom", **request))).frames
+
+
+def test_a_saved_folder_makes_the_clip_of_its_modules(tiny: Profile, folder: Path, make_modules):
+    loaded = load_models(tiny, find_models(tiny, folder, ModelPaths()), dtype=FP32)
+    assert loaded.trained
+    assert loaded.profile == tiny
+    direct = replace(loaded, modules=make_modules(tiny))
+    assert np.array_equal(first_chunk(Session.open(loaded)), first_chunk(Session.open(direct)))
+
+
+def test_the_profile_takes_the_checkpoints_sizes(tiny: Profile, tmp_path: Path, save_models):
+    wider = replace(tiny.stage1.dit, dim=48, heads=4)
+    profile = replace(tiny, stage1=replace(tiny.stage1, dit=wider))
+    loaded = load_models(tiny, find_models(tiny, save_models(profile, tmp_path), ModelPaths()), dtype=FP32)
+    assert loaded.profile.stage1.dit == wider
+
+
+def test_a_single_path_overrides_its_entry(tiny: Profile, folder: Path, tmp_path: Path, save_models):
+    shutil.copytree(folder / "stage1", tmp_path / "other")
+    paths = find_models(tiny, folder, ModelPaths(stage1=tmp_path / "other"))
+    assert paths.stage1 == tmp_path / "other"
+    assert paths.stage2 == folder / "stage2"
+
+
+@pytest.mark.parametrize("names", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")])
+def test_a_folder_of_two_experts_is_both(tiny: Profile, folder: Path, tmp_path: Path, names: tuple[str, str]):
+    for name in names:
+        shutil.copytree(folder / "stage1", tmp_path / "pair" / name)
+    loaded = load_models(tiny, find_models(tiny, folder, ModelPaths(stage1=tmp_path / "pair")), dtype=FP32)
+    assert loaded.profile.stage1.boundary == 0.9
+    assert {"stage1_high", "stage1_low"} <= loaded.modules.keys()
+    assert first_chunk(Session.open(loaded)).shape == (13, 128, 192, 3)
+
+
+def test_a_plain_second_stage_starts_from_the_reference(tiny: Profile, tmp_path: Path, save_models):
+    plain = replace(tiny.stage2, dit=replace(tiny.stage2.dit, in_channels=6))
+    start = replace(tiny, stage2_init="reference", strength=0.6)
+    models = save_models(replace(start, stage2=plain), tmp_path)
+    assert first_chunk(open_folder(start, models)).shape == (13, 128, 192, 3)
+    with pytest.raises(ProfileError, match="--stage2-init reference"):
+        open_folder(tiny, models)
+
+
+def test_a_lora_changes_its_stage(tiny: Profile, folder: Path, tmp_path: Path):
+    delta = torch.ones(24, 2), torch.ones(2, 24)
+    name = "diffusion_model.blocks.0.self_attn.v"
+    save_file({f"{name}.lora_up.weight": delta[0], f"{name}.lora_down.weight": delta[1]}, tmp_path / "l.safetensors")
+    base = first_chunk(open_folder(tiny, folder))
+    with_lora = first_chunk(open_folder(tiny, folder, loras={"stage2": ((tmp_path / "l.safetensors", 0.5),)}))
+    without = first_chunk(open_folder(tiny, folder, loras={"stage2": ((tmp_path / "l.safetensors", 0.0),)}))
+    assert np.array_equal(base, without)
+    assert not np.array_equal(base, with_lora)
+
+
+def test_embeddings_from_a_file(tiny: Profile, folder: Path, tmp_path: Path):
+    paths = find_models(tiny, folder, ModelPaths())
+    words = load_models(tiny, paths, dtype=FP32)
+    save_embeddings(tmp_path / "e.safetensors", Embeddings(words.prompts.encode_all(["zoom"])[0]))
+    given = load_models(tiny, paths, dtype=FP32, embeddings=tmp_path / "e.safetensors")
+    assert np.array_equal(first_chunk(Session.open(words)), first_chunk(Session.open(given)))
+    guided = load_models(tiny.override(guidance=2.0), paths, dtype=FP32, embeddings=tmp_path / "e.safetensors")
+    with pytest.raises(WeightsError, match="no tensor `negative`"):
+        first_chunk(Session.open(guided))
+
+
+def test_a_stage_one_that_reads_clip_needs_its_encoder(tiny: Profile, tmp_path: Path, save_models):
+    image = replace(tiny, stage1=replace(tiny.stage1, dit=replace(tiny.stage1.dit, image_dim=12, image_tokens=5)))
+    with pytest.raises(SpecError, match="pass --image-encoder"):
+        open_folder(tiny, save_models(image, tmp_path))
+
+
+def test_what_is_missing_is_named(tiny: Profile, folder: Path, tmp_path: Path):
+    with pytest.raises(WeightsError, match="got no stage1, vae1, vae2"):
+        find_models(tiny, None, ModelPaths(stage2=folder / "stage2"))
+    with pytest.raises(WeightsError, match="want a folder"):
+        find_models(tiny, tmp_path / "none", ModelPaths())
+    with pytest.raises(WeightsError, match=r"stage1: got .*none"):
+        find_models(tiny, folder, ModelPaths(stage1=tmp_path / "none"))
+    wan = get_profile("wan-2k")
+    with pytest.raises(WeightsError, match="pass --model-dir"):
+        load_models(wan)
+    shutil.copytree(folder, tmp_path / "mute")
+    shutil.rmtree(tmp_path / "mute" / "text")
+    with pytest.raises(WeightsError, match="pass --text or --embeddings"):
+        open_folder(tiny, tmp_path / "mute")
+
+
+def test_swapped_models_are_refused(tiny: Profile, folder: Path):
+    with pytest.raises(WeightsError, match="want those of a Wan DiT"):
+        open_folder(tiny, folder, stage1=folder / "vae1")
+    with pytest.raises(ProfileError, match="channels"):
+        open_folder(tiny, folder, stage2=folder / "stage1")
+
+
+def test_untrained_models_are_the_same_every_time_and_leave_the_generator_alone(tiny: Profile):
+    torch.manual_seed(1)
+    expected = torch.randn(1)
+    torch.manual_seed(1)
+    one, other = load_models(tiny, dtype=FP32), load_models(tiny, dtype=FP32)
+    assert torch.equal(torch.randn(1), expected)
+    assert not one.trained
+    for name, module in one.modules.items():
+        pairs = zip(module.parameters(), other.modules[name].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_fingerprints_are_remembered_until_a_file_changes(folder: Path, tmp_path: Path):
+    model, cache = tmp_path / "vae2", tmp_path / "cache"
+    shutil.copytree(folder / "vae2", model)
+    first = known_fingerprint(model, cache)
+    (entry,) = (cache / "fingerprints").iterdir()
+    entry.write_text("0" * 64)
+    assert known_fingerprint(model, cache) == "0" * 64, "it is read, not computed again"
+    shutil.copytree(folder / "vae1", model, dirs_exist_ok=True)
+    assert known_fingerprint(model, cache) not in (first, "0" * 64)
+
+
+def test_inspection_tells_kinds_apart(folder: Path, tmp_path: Path):
+    dit, vae = describe_checkpoint(folder / "stage2"), describe_checkpoint(folder / "vae2")
+    assert (dit["kind"], dit["in_channels"], dit["layers"]) == ("DiT", 12, 2)
+    assert (vae["kind"], vae["latent_channels"], vae["residual"]) == ("VAE", 6, True)
+    assert describe_checkpoint(folder / "text")["kind"] == "unknown"
+    save_file({"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(1)}, tmp_path / "l.safetensors")
+    assert describe_checkpoint(tmp_path / "l.safetensors")["kind"] == "LoRA"
