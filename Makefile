@@ -22,6 +22,7 @@ setup-dev: .venv/dev
 	touch $@
 
 demo: setup
+	mkdir -p build
 	$(BIN)/swifti2v generate examples/photo.jpg -o build/demo.mp4 --profile nano \
 	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
 

@@ -27,6 +27,7 @@ MODEL_OPTIONS = {
     "text": "Prompt encoder: a folder with text_encoder/ and tokenizer/.",
     "image_encoder": "CLIP vision encoder, for Wan2.1-I2V.",
 }
+ALIASES = {"vae2": ("--vae",)}  # the one whose frames are seen
 
 
 class Size(click.ParamType):
@@ -105,7 +106,7 @@ def model_options(command: Callable) -> Callable:
     options = [
         click.option("--model-dir", type=PATH, help="Folder with stage1, stage2, vae1, vae2 and text."),
         *(
-            click.option(f"--{name.replace('_', '-')}", name, type=PATH, help=text)
+            click.option(f"--{name.replace('_', '-')}", *ALIASES.get(name, ()), name, type=PATH, help=text)
             for name, text in MODEL_OPTIONS.items()
         ),
         click.option("--lora", "loras", type=LoraOption(), multiple=True, help="Merge a LoRA; may be repeated."),

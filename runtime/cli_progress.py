@@ -25,7 +25,7 @@ def show_progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
             TextColumn("steps {task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
         )
         with Bars(*columns, console=console) as bars:
             tasks = {
