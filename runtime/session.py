@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine.calls import Executables, dit_conditions
-from ..engine.errors import Cancelled, SpecError
+from ..engine.errors import Cancelled, NumericsError, SpecError
 from ..engine.profile import Profile
 from ..engine.sampler import block_noise, stage_sigmas
 from ..engine.segments import plan_segments
@@ -157,6 +157,11 @@ class Session:
                 self.timings.phase,
             )  # fmt: skip
             with self.timings.phase("frames"):
+                if not torch.isfinite(state.latents).all():  # asked here, as the answer waits for the device
+                    raise NumericsError(
+                        f"segment {segment.index}: got latents that are not finite, want numbers; "
+                        "check the weights, or run in a wider dtype such as float32"
+                    )
                 frames = to_frames(pixels)
             if index == 0:
                 frames[0] = request.image
