@@ -18,7 +18,8 @@ from .engine.vae import VAE
 from .engine.weights import convert, load_dit, load_vae
 from .runtime.contact_sheet import ContactSheet
 from .runtime.image import fit_image, load_image
-from .runtime.models import Loaded, ModelPaths, find_models, load_models
+from .runtime.model_paths import ModelPaths, find_models
+from .runtime.models import Loaded, load_models
 from .runtime.session import FrameChunk, Progress, Request, Session
 from .runtime.video import VideoWriter
 

@@ -24,6 +24,8 @@ VAE_PREFIXES = ("first_stage_model.", "vae.", "model.", "")
 # Old diffusers exports carry a norm that nothing uses; `freqs` is the original's RoPE table, which is computed here.
 EXTRAS = re.compile(r"(model\.)?(diffusion_model\.)?(blocks\.\d+\.attn2\.norm_added_q\.weight|freqs)")
 ROTARY = re.compile(r"blocks\.\d+\.self_attn\.(q|k|norm_q|norm_k)\.(weight|bias)")
+# The original computes these in fp32; they are small.
+FP32 = re.compile(r"time_(embedding|projection)\.|(blocks\.\d+|head)\.modulation|blocks\.\d+\.(\w+\.)?norm")
 
 # Modules of a DiT: diffusers -> original.
 DIT_TOP = {
@@ -76,6 +78,11 @@ def dit_name_from_diffusers(name: str) -> str | None:
 def is_rotary(name: str) -> bool:
     """Whether the rows of a DiT tensor (original name) are in half-split order here."""
     return ROTARY.fullmatch(name) is not None
+
+
+def stays_fp32(name: str) -> bool:
+    """Whether a DiT tensor (original name) keeps fp32 in a model of lower precision."""
+    return FP32.match(name) is not None
 
 
 def dit_names(checkpoint: Iterable[str], source: str) -> dict[str, str]:

@@ -5,7 +5,8 @@ rest of the engine reads it and never computes it again.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from math import isfinite, lcm
+from typing import Literal, get_args
 
 from .errors import ProfileError
 from .segments import plan_segments
@@ -168,6 +169,11 @@ class Profile:
         return self.stage1.dit.in_channels > self.stage1.dit.out_channels
 
     @property
+    def stage2_start(self) -> float | None:
+        """The sigma that Stage II starts at, None for its schedule's own."""
+        return self.strength if self.stage2_init == "reference" else None
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """The window lengths, in blocks, that Stage II needs graphs for."""
         first, later = 1 + self.noisy, 1 + self.neighbours + self.noisy
@@ -183,7 +189,8 @@ class Profile:
         stage1_steps: int | None = None,
         stage2_steps: int | None = None,
         shift: float | None = None,
-        guidance: float | None = None,
+        stage1_guidance: float | None = None,
+        stage2_guidance: float | None = None,
     ) -> "Profile":
         """This profile with other numbers; None keeps. `size` is the final (width, height) in pixels."""
         stage1, stage2 = self.stage1, self.stage2
@@ -192,8 +199,8 @@ class Profile:
             scale = stage2.width // stage1.width
             stage1 = replace(stage1, width=size[0] // scale, height=size[1] // scale)
             stage2 = replace(stage2, width=size[0], height=size[1])
-        stage1 = _with_schedule(stage1, stage1_steps, shift, guidance)
-        stage2 = _with_schedule(stage2, stage2_steps, shift, guidance)
+        stage1 = _with_schedule(stage1, stage1_steps, shift, stage1_guidance)
+        stage2 = _with_schedule(stage2, stage2_steps, shift, stage2_guidance)
         changes = {"frames": frames, "noisy": noisy, "neighbours": neighbours}
         kept = {name: value for name, value in changes.items() if value is not None}
         return replace(self, stage1=stage1, stage2=stage2, **kept)
@@ -218,7 +225,7 @@ def nearest_multiple(value: int, step: int) -> int:
 def size_grid(profile: Profile) -> int:
     """Final width and height are multiples of this many pixels, so that both stages have whole tokens."""
     scale = profile.stage2.width // profile.stage1.width
-    return max(2 * profile.stage2.vae.spatial, 2 * profile.stage1.vae.spatial * scale)
+    return lcm(2 * profile.stage2.vae.spatial, 2 * profile.stage1.vae.spatial * scale)
 
 
 def check_size(size: tuple[int, int], profile: Profile) -> None:
@@ -253,10 +260,15 @@ def check_profile(profile: Profile) -> None:
     check_size((stage2.width, stage2.height), profile)
     for stage in (stage1, stage2):
         check_stage(stage)
-    z = stage2.vae.latent_channels
-    if stage2.dit.in_channels not in (z, 2 * z) or stage2.dit.out_channels != z:
+    check_modes(profile)
+
+
+def check_modes(profile: Profile) -> None:
+    """Refuse a Stage II that does not fit the way it is asked to work."""
+    dit, z = profile.stage2.dit, profile.stage2.vae.latent_channels
+    if dit.in_channels not in (z, 2 * z) or dit.out_channels != z:
         raise ProfileError(
-            f"Stage II channels: got {stage2.dit.in_channels} -> {stage2.dit.out_channels}, "
+            f"Stage II channels: got {dit.in_channels} -> {dit.out_channels}, "
             f"want {2 * z} -> {z} (latents and reference) or {z} -> {z}; use a DiT that fits the VAE"
         )
     if not profile.concatenated and profile.stage2_init != "reference":
@@ -266,13 +278,26 @@ def check_profile(profile: Profile) -> None:
         )
     if not 0 < profile.strength <= 1:
         raise ProfileError(f"strength: got {profile.strength}, want more than 0 and at most 1; 0.7 is usual")
+    if profile.strength != 1 and profile.stage2_init != "reference":
+        raise ProfileError(
+            f'strength: got {profile.strength} with stage2_init "{profile.stage2_init}", want "reference" with it; '
+            "pass --stage2-init reference"
+        )
+    if not (isfinite(profile.fps) and profile.fps > 0):
+        raise ProfileError(f"fps: got {profile.fps}, want more than 0; Wan's values are 16 and 24")
+    choices = {"context": Context, "positions": Positions, "stage2_init": Stage2Init}
+    for name, choice in choices.items():
+        if getattr(profile, name) not in get_args(choice):
+            raise ProfileError(f"{name}: got {getattr(profile, name)!r}, want one of {', '.join(get_args(choice))}")
 
 
 def check_stage(stage: StageConfig) -> None:
     """Refuse a stage whose schedule or channels cannot work."""
     if stage.steps < 1:
         raise ProfileError(f"steps: got {stage.steps}, want 1 or more; the nearest is 1")
-    if stage.shift <= 0:
+    if not isfinite(stage.guidance):
+        raise ProfileError(f"guidance: got {stage.guidance}, want a number; 1 is off, Wan's values are 3.5 to 5")
+    if not (isfinite(stage.shift) and stage.shift > 0):
         raise ProfileError(f"shift: got {stage.shift}, want more than 0; Wan's values are 3 and 5")
     if stage.sigmas is not None:
         falling = all(a > b for a, b in zip(stage.sigmas, stage.sigmas[1:], strict=False))

@@ -34,10 +34,12 @@ def flow_sigmas(steps: int, shift: float, start: float = 1.0) -> tuple[float, ..
     return tuple(shift_sigma(origin * (1 - i / steps), shift) for i in range(steps))
 
 
-def stage_sigmas(stage: StageConfig, start: float = 1.0) -> tuple[float, ...]:
-    """The schedule of a stage; explicit sigmas win, and those above `start` are left out."""
+def stage_sigmas(stage: StageConfig, start: float | None = None) -> tuple[float, ...]:
+    """The schedule of a stage; explicit sigmas win. With `start` it begins there, without those above."""
     if stage.sigmas is None:
-        return flow_sigmas(stage.steps, stage.shift, start)
+        return flow_sigmas(stage.steps, stage.shift, 1.0 if start is None else start)
+    if start is None:
+        return stage.sigmas
     return (start, *(sigma for sigma in stage.sigmas if sigma < start))
 
 

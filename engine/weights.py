@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +33,14 @@ from .layouts import (
     dit_config_json,
     dit_names,
     is_rotary,
+    stays_fp32,
     vae_config,
     vae_config_json,
     vae_modules,
     vae_names,
 )
 from .lora import merge_loras, with_alphas
+from .profile import DiTConfig, VAEConfig
 from .rope import half_split_order
 from .text import WordEncoder
 from .vae import VAE
@@ -49,9 +51,19 @@ Model = TypeVar("Model", bound=nn.Module)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX = ".safetensors.index.json"
 FILE_NAME = "diffusion_pytorch_model.safetensors"  # the name that Wan and diffusers both use
-# A folder may hold the config.json of one model and a file of another.
-DIT_CLASSES = ("WanModel", "WanTransformer3DModel")
-VAE_CLASSES = ("AutoencoderKLWan",)
+
+
+class Kind(NamedTuple):
+    """What tells a DiT's checkpoint from a VAE's."""
+
+    build: type[nn.Module]
+    names: Callable[[State, str], dict[str, str]]
+    config: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any], str], Any]
+    foreign: tuple[str, ...]  # a folder may hold the config.json of one model and a file of another
+
+
+DIT = Kind(DiT, dit_names, dit_config, ("AutoencoderKLWan",))
+VIDEO_VAE = Kind(VAE, vae_names, vae_config, ("WanModel", "WanTransformer3DModel"))
 
 
 def read_state(path: AnyPath) -> State:
@@ -86,16 +98,12 @@ def load_dit(
     """A DiT from a checkpoint in the original, diffusers or ComfyUI layout, with LoRAs (path, strength) merged.
 
     `dtype` fp32, fp16 or bf16; None keeps what each tensor has. More `in_channels` than the checkpoint has follow its
-    own (latents first, reference after) and get zero weights, so the model computes what it did. In eval mode.
+    own (latents first, reference after) and get zero weights, so the model computes what it did; LoRAs are merged
+    before that. Time embedding, modulation and norms stay fp32, as Wan has them. In eval mode, without gradients.
     WeightsError names what does not fit.
     """
     _check_dtype(dtype)
-    checkpoint = read_state(path)
-    check_dtypes({name: checkpoint.dtype(name) for name in checkpoint}, checkpoint.source)
-    names = dit_names(checkpoint, checkpoint.source)
-    shapes = {name: checkpoint.shape(full) for name, full in names.items()}
-    config = dit_config(shapes, _config_of(checkpoint, VAE_CLASSES), checkpoint.source)
-    check_tensors(names, shapes, _shapes(_on_meta(DiT, config)), checkpoint.source)
+    checkpoint, names, config = _opened(path, DIT)
     state = {name: checkpoint[full] for name, full in names.items()}
     if loras:
         merge_loras(state, [(str(lora), with_alphas(read_state(lora)), strength) for lora, strength in loras])
@@ -104,9 +112,19 @@ def load_dit(
         config = replace(config, in_channels=in_channels)
     order = half_split_order(config.dim, config.heads).to(device)
     for name, tensor in state.items():
-        placed = tensor.to(device=device, dtype=dtype)
+        placed = tensor.to(device=device, dtype=torch.float32 if dtype and stays_fp32(name) else dtype)
         state[name] = placed[order] if is_rotary(name) else placed
     return _assigned(_on_meta(DiT, config), state)
+
+
+def read_dit_config(path: AnyPath) -> DiTConfig:
+    """The sizes of the DiT in a checkpoint, all its tensors checked by their headers; none is read."""
+    return _opened(path, DIT)[2]
+
+
+def read_vae_config(path: AnyPath) -> VAEConfig:
+    """The sizes of the VAE in a checkpoint, all its tensors checked by their headers; none is read."""
+    return _opened(path, VIDEO_VAE)[2]
 
 
 def load_vae(path: AnyPath, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> VAE:
@@ -116,13 +134,8 @@ def load_vae(path: AnyPath, *, dtype: torch.dtype | None = None, device: torch.d
     not fit.
     """
     _check_dtype(dtype)
-    checkpoint = read_state(path)
-    check_dtypes({name: checkpoint.dtype(name) for name in checkpoint}, checkpoint.source)
-    names = vae_names(checkpoint, checkpoint.source)
-    shapes = {name: checkpoint.shape(full) for name, full in names.items()}
-    config = vae_config(shapes, _config_of(checkpoint, DIT_CLASSES), checkpoint.source)
+    checkpoint, names, config = _opened(path, VIDEO_VAE)
     model = _on_meta(VAE, config)
-    check_tensors(names, shapes, _shapes(model), checkpoint.source)
     state = {name: checkpoint[full].to(device=device, dtype=dtype) for name, full in names.items()}
     model.mean = torch.tensor(config.mean, device=device).view(1, -1, 1, 1, 1)  # [z] -> [1, z, 1, 1, 1]
     model.std = torch.tensor(config.std, device=device).view(1, -1, 1, 1, 1)  # [z] -> [1, z, 1, 1, 1]
@@ -220,8 +233,9 @@ def _only_checkpoint(folder: Path) -> Path:
     indexes = sorted(folder.glob("*" + INDEX))
     listed = {name for index in indexes for name in shard_table(_read_json(index), index).values()}
     found = indexes + [file for file in sorted(folder.glob("*.safetensors")) if file.name not in listed]
-    if len(found) == 1:
-        return found[0]
+    main = [file for file in found if file.name.startswith("diffusion_pytorch_model")]
+    if len(found) == 1 or len(main) == 1:  # Wan's folders hold a DiT of that name, and other models beside it
+        return main[0] if main else found[0]
     if found:
         names = ", ".join(file.name for file in found)
         raise WeightsError(f"{folder}: got {len(found)} checkpoints ({names}), want one; pass one of these files")
@@ -267,6 +281,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _opened(path: AnyPath, kind: Kind) -> tuple[State, dict[str, str], Any]:
+    """An open checkpoint of that kind, its names (ours -> the file's), and its configuration; all shapes checked."""
+    checkpoint = read_state(path)
+    check_dtypes({name: checkpoint.dtype(name) for name in checkpoint}, checkpoint.source)
+    names = kind.names(checkpoint, checkpoint.source)
+    shapes = {name: checkpoint.shape(full) for name, full in names.items()}
+    config = kind.config(shapes, _config_of(checkpoint, kind.foreign), checkpoint.source)
+    check_tensors(names, shapes, _shapes(_on_meta(kind.build, config)), checkpoint.source)
+    return checkpoint, names, config
+
+
 def _config_of(checkpoint: State, foreign: tuple[str, ...]) -> Mapping[str, Any]:
     """The checkpoint's config.json, {} if it belongs to another kind of model."""
     return {} if checkpoint.config.get("_class_name") in foreign else checkpoint.config
@@ -300,7 +325,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _assigned(model: Model, state: Mapping[str, Tensor]) -> Model:
     """The model with these tensors as its parameters, not copied."""
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _save(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:

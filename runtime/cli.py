@@ -1,8 +1,11 @@
 """The command `swifti2v`: results on stdout, prose and progress on stderr, one line for every error."""
 
+import contextlib
 import json
+import re
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +17,7 @@ from .cli_generate import generate
 from .cli_tools import convert, doctor, inspect
 
 OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
+OUT_OF_MEMORY = re.compile(r"(not enough|can't allocate) memory")
 
 
 class Terminated(BaseException):
@@ -38,26 +42,35 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(cli.main(arguments, prog_name="swifti2v", standalone_mode=False) or OK)
-    except (click.Abort, KeyboardInterrupt, Cancelled):
-        code, text = 130, "interrupted; nothing was written"
-    except Terminated:
-        code, text = 143, "terminated; nothing was written"
-    except click.ClickException as error:
-        code, text = USAGE, f"{error.format_message()} (see swifti2v --help)"
-    except ProfileError as error:
-        code, text = USAGE, str(error)
-    except EnvironmentMismatch as error:
-        code, text = ENVIRONMENT, str(error)
-    except SwiftError as error:
-        code, text = FAILED, str(error)
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "not enough memory" not in str(error):
-            raise
-        code, text = FAILED, "memory: got too little, want more for this profile; make the size smaller"
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(USAGE)
+    except Exception as error:
+        code, text = _explain(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        code, text = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (143, "terminated")
     if "--json" in arguments:
-        click.echo(json.dumps({"ok": False, "exit_code": code, "error": text}))
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            click.echo(json.dumps({"ok": False, "exit_code": code, "error": text}))
     click.echo("swifti2v: " + " ".join(text.split()), err=True)
     sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error; what nobody foresaw is shown with its traceback too."""
+    if isinstance(error, (click.Abort, Cancelled)):
+        return 130, "interrupted"
+    if isinstance(error, click.ClickException):
+        return USAGE, f"{error.format_message()} (see swifti2v --help)"
+    if isinstance(error, SwiftError):
+        codes = {ProfileError: USAGE, EnvironmentMismatch: ENVIRONMENT}
+        return codes.get(type(error), FAILED), str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
+        return FAILED, "memory: got too little, want more for this profile; make the size smaller"
+    if isinstance(error, OSError):
+        return FAILED, f"file system: got '{error}', want to go on; check the disk and its permissions"
+    traceback.print_exception(error)
+    return FAILED, f"internal error: got {type(error).__name__}, want none; please report it with the lines above"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ..engine.errors import MediaError
 from ..engine.profile import Profile, nearest_multiple, size_grid
 from ..engine.segments import plan_segments
 from .cli_options import (
@@ -24,16 +25,17 @@ from .cli_options import (
 )
 from .cli_progress import show_progress
 from .contact_sheet import ContactSheet
-from .fingerprints import known_fingerprint
+from .fingerprints import fingerprints
 from .image import IMAGE_SUFFIXES, check_target, fit_image, load_image
-from .models import Loaded, ModelPaths, find_models, load_models
+from .model_paths import ModelPaths, find_models, fit_profile
+from .models import Loaded, load_models
 from .session import OnProgress, Request, Session
-from .sidecar import Made, describe, describe_profile, write_json
+from .sidecar import Run, describe, describe_profile, dtype_name, record_path, write_json
 from .video import VIDEO_SUFFIXES, VideoWriter
 
 PROFILE_KEYS = (
-    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "guidance", "stage2_init",
-    "strength",
+    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
+    "stage2_guidance", "stage2_init", "strength",
 )  # fmt: skip
 
 
@@ -62,7 +64,6 @@ def generate(
     profile_name: str,
     model_dir: Path | None,
     loras: tuple,
-    embeddings: Path | None,
     device: str,
     dtype: str,
     contact_sheet: Path | None,
@@ -71,44 +72,50 @@ def generate(
     quiet: bool,
     **rest: Any,
 ) -> None:
-    """Make a clip from IMAGE: OUT.mp4, and OUT.json that says how it was made."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    check_target("video", output, VIDEO_SUFFIXES)
-    if contact_sheet is not None:
-        check_target("contact sheet", contact_sheet, IMAGE_SUFFIXES)
+    """Make a clip from IMAGE: OUT.mp4, and OUT.mp4.json that says how it was made."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    _check_targets(image, output, contact_sheet)
     profile = make_profile(profile_name, {key: rest.pop(key) for key in PROFILE_KEYS})
     paths = find_models(profile, model_dir, make_paths(rest, loras))
     place, number = pick_device(device, dtype)
     picture = load_image(image)
     frame = fit_image(picture, profile.width, profile.height, fit)
-    if not quiet:
-        _note_shape(console, picture, profile, fit)
+    _note_shape(console, picture, profile, fit)
     if dry_run:
         _print_plan(profile, paths, place, number, as_json)
         return
-    loaded = load_models(profile, paths, place, number, cache_folder(), embeddings)
-    profile = loaded.profile
-    if not quiet:
-        _note_run(console, loaded)
     started = time.perf_counter()
+    loaded = load_models(profile, paths, place, number, cache_folder())
+    hashes = fingerprints(paths, loaded, cache_folder())
+    _note_run(console, loaded)
+    loading = time.perf_counter() - started
     request = Request(frame, prompt, negative, seed)
     sheet = ContactSheet(profile.frames) if contact_sheet is not None else None
     with Session.open(loaded) as session, show_progress(console, quiet) as on_progress:
         _write_clip(session, request, output, sheet, on_progress)
-        seconds = session.timings.seconds()
+        seconds = {"loading": round(loading, 4), **session.timings.seconds()}
+    record = describe(Run(output, image.name, fit, request, loaded, hashes, seconds))
+    write_json(record_path(output), record)
     if sheet is not None and contact_sheet is not None:
         sheet.save(contact_sheet)
-    made = Made(
-        output, image.name, fit, prompt, negative, seed, str(place), str(number).removeprefix("torch."),
-        _weights(paths, loaded),
-        {stage: [(path.name, strength) for path, strength in entries] for stage, entries in paths.loras.items()},
-    )  # fmt: skip
-    record = describe(made, profile, frame, seconds, time.perf_counter() - started)
-    write_json(output.with_suffix(".json"), record)
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": record}, ensure_ascii=False))
     else:
         click.echo(str(output))
+
+
+def _check_targets(image: Path, output: Path, contact_sheet: Path | None) -> None:
+    """Refuse what cannot be written, or would replace the input, before any work is done."""
+    targets: list[tuple[str, Path, tuple[str, ...]]] = [("video", output, VIDEO_SUFFIXES)]
+    if contact_sheet is not None:
+        targets.append(("contact sheet", contact_sheet, IMAGE_SUFFIXES))
+    for kind, path, suffixes in targets:
+        try:
+            check_target(kind, path, suffixes)
+        except MediaError as error:
+            raise click.UsageError(str(error)) from error
+        if path.resolve() == image.resolve():
+            raise click.UsageError(f"{kind} {path}: got the input image, want another file; name a new one")
 
 
 def _write_clip(
@@ -141,7 +148,7 @@ def _note_run(console: Console, loaded: Loaded) -> None:
     profile = loaded.profile
     console.print(
         f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {loaded.device}, "
-        f"{str(loaded.dtype).removeprefix('torch.')}, eager PyTorch"
+        f"{dtype_name(loaded.dtype)}, eager PyTorch"
     )
     if not loaded.trained:
         console.print(
@@ -152,6 +159,8 @@ def _note_run(console: Console, loaded: Loaded) -> None:
 
 
 def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype: torch.dtype, as_json: bool) -> None:
+    if paths.trained or profile.text.kind == "words":
+        profile = fit_profile(profile, paths)
     segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
     missing = "untrained" if profile.text.kind == "words" else "none given"
     plan = {
@@ -159,19 +168,10 @@ def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype
         "segments": [{"context": [0, *s.context], "noisy": list(s.noisy)} for s in segments],
         "weights": {name: str(path) for name, path in paths.given.items()} or {"all": missing},
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "plan": plan}, ensure_ascii=False))
         return
     for key, value in plan.items():
         click.echo(f"{key:<12} {value}")
-
-
-def _weights(paths: ModelPaths, loaded: Loaded) -> dict[str, str]:
-    if not loaded.trained:
-        return {"all": loaded.prompts.fingerprint}
-    return {
-        name: loaded.prompts.fingerprint if name == "text" else known_fingerprint(path, cache_folder())
-        for name, path in paths.given.items()
-    }

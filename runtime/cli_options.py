@@ -14,7 +14,7 @@ from ..engine.errors import EnvironmentMismatch
 from ..engine.presets import PROFILES, get_profile
 from ..engine.profile import Profile
 from .devices import best_dtype
-from .models import Lora, ModelPaths
+from .model_paths import Lora, ModelPaths
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATH = click.Path(path_type=Path)
@@ -26,6 +26,7 @@ MODEL_OPTIONS = {
     "vae2": "Stage II VAE (16x16x4).",
     "text": "Prompt encoder: a folder with text_encoder/ and tokenizer/.",
     "image_encoder": "CLIP vision encoder, for Wan2.1-I2V.",
+    "embeddings": "Ready embeddings (safetensors) in place of the encoders.",
 }
 ALIASES = {"vae2": ("--vae",)}  # the one whose frames are seen
 
@@ -90,7 +91,8 @@ def profile_options(command: Callable) -> Callable:
         click.option("--stage1-steps", type=int, help="Steps of Stage I."),
         click.option("--stage2-steps", type=int, help="Steps of Stage II."),
         click.option("--shift", type=float, help="Shift of both schedules."),
-        click.option("--guidance", type=float, help="Classifier-free guidance of both stages; 1 is off."),
+        click.option("--stage1-guidance", type=float, help="Classifier-free guidance of Stage I; 1 is off."),
+        click.option("--stage2-guidance", type=float, help="Classifier-free guidance of Stage II; 1 is off."),
         click.option(
             "--stage2-init",
             type=click.Choice(["noise", "reference"]),
@@ -110,7 +112,6 @@ def model_options(command: Callable) -> Callable:
             for name, text in MODEL_OPTIONS.items()
         ),
         click.option("--lora", "loras", type=LoraOption(), multiple=True, help="Merge a LoRA; may be repeated."),
-        click.option("--embeddings", type=PATH, help="Ready prompt embeddings (safetensors) in place of the encoder."),
     ]
     return _apply(options, command)
 

@@ -22,7 +22,7 @@ def show_progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
             TextColumn("{task.description:<9}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps {task.fields[note]}"),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
@@ -38,7 +38,8 @@ def show_progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
                     return
                 task, segments = tasks[progress.phase], max(progress.segments, 1)
                 bars.start_task(task)
-                note = f"segment {progress.segment + 1}/{segments}" if progress.phase == "stage2" else ""
+                place = f"segment {progress.segment + 1}/{segments}, " if progress.phase == "stage2" else ""
+                note = place + progress.what
                 done = progress.segment * progress.total + progress.done
                 bars.update(task, total=segments * progress.total, completed=done, note=note)
 
@@ -46,10 +47,6 @@ def show_progress(console: Console, quiet: bool) -> Iterator[OnProgress | None]:
 
 
 def _print_line(console: Console, progress: Progress) -> None:
-    if progress.phase == "prompt":
-        console.print("prompt encoded")
-    elif progress.phase == "stage1":
-        console.print(f"Stage I: step {progress.done}/{progress.total}")
-    else:
-        place = f"segment {progress.segment + 1}/{progress.segments}"
-        console.print(f"Stage II: {place}, step {progress.done}/{progress.total}")
+    name = {"prompt": "Prompt", "stage1": "Stage I", "stage2": "Stage II"}[progress.phase]
+    place = f"segment {progress.segment + 1}/{progress.segments}, " if progress.phase == "stage2" else ""
+    console.print(f"{name}: {place}{progress.what} ({progress.done}/{progress.total})")

@@ -13,13 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.errors import EnvironmentMismatch, WeightsError
 from ..engine.presets import PROFILES
 from ..engine.weights import convert as convert_pickle
 from .cli_options import PATH, cache_folder
 from .devices import computes_bf16
 from .inspection import describe_checkpoint
-from .models import SHIPPED
+from .model_paths import SHIPPED
 from .sidecar import versions
 from .video import has_x264
 
@@ -29,12 +28,10 @@ from .video import has_x264
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> None:
     """Say what a checkpoint is: kind, layout, sizes, dtypes. Reads headers only."""
-    if path.is_dir() and not list(path.glob("*.safetensors*")):
-        found = {item.name: describe_checkpoint(item) for item in sorted(path.iterdir()) if _is_checkpoint(item)}
-        if not found:
-            raise WeightsError(f"{path}: got a folder without checkpoints, want .safetensors in it; pass another path")
-    else:
-        found = {path.name: describe_checkpoint(path)}
+    items = [item for item in sorted(path.iterdir()) if _is_checkpoint(item)] if path.is_dir() else []
+    # A folder of one model may hold shards; a folder of several models holds each as a file or a folder.
+    several = len(items) > 1 and not list(path.glob("*.index.json"))
+    found = {item.name: describe_checkpoint(item) for item in (items if several else [path])}
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": found}))
         return
@@ -47,7 +44,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors*")))
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
 def _words(value: Any) -> str:
@@ -78,7 +75,8 @@ def doctor(as_json: bool) -> None:
             table.add_row(key, _words(value))
         Console().print(table)
     if problems:
-        raise EnvironmentMismatch("; ".join(problems))
+        click.echo("swifti2v: " + "; ".join(problems), err=True)
+        click.get_current_context().exit(3)
 
 
 def _facts() -> dict[str, Any]:

@@ -103,7 +103,7 @@ class CachedEncoder:
 
     make_encoder: Callable[[], PromptEncoder]
     fingerprint: str
-    cache: EmbeddingCache
+    cache: EmbeddingCache | None = None
 
     def encode_all(self, prompts: Sequence[str]) -> list[Tensor]:
         """Prompts -> fp32 [1, text_len, D] each; all that are missing share one opening of the encoder.
@@ -113,7 +113,7 @@ class CachedEncoder:
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         found = {}
         for prompt in cleaned:
-            stored = self.cache.get(self.fingerprint, prompt)
+            stored = None if self.cache is None else self.cache.get(self.fingerprint, prompt)
             if stored is not None:
                 found[prompt] = stored
         missing = [prompt for prompt in dict.fromkeys(cleaned) if prompt not in found]
@@ -131,7 +131,8 @@ class CachedEncoder:
         made = {}
         for prompt in prompts:
             made[prompt] = encoder.encode_all([prompt])[0].cpu()
-            self.cache.put(self.fingerprint, prompt, made[prompt])
+            if self.cache is not None:
+                self.cache.put(self.fingerprint, prompt, made[prompt])
         del encoder
         gc.collect()  # the modules refer to one another in circles
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use

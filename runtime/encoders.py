@@ -98,6 +98,13 @@ class Umt5Encoder:
         return zero_fill(_finite("UMT5", rows), self.text_len)
 
 
+def clip_fingerprint(path: Path | str, dtype: torch.dtype = torch.float32) -> str:
+    """The fingerprint that `ClipVisionEncoder.open` with these arguments has, without opening the model."""
+    files = find_encoder(path, "image_encoder", "models_clip")
+    texts = [] if files.original else [files.folder / "config.json"]
+    return fingerprint_files(files.weights, texts, "clip", dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class ClipVisionEncoder:
     """The CLIP vision tower as Wan2.1 I2V reads it: all tokens after the last layer but one, before the final norm."""
@@ -118,9 +125,7 @@ class ClipVisionEncoder:
             sizes, state = _read_original(files.weights[0], clip_from_original)
             config = transformers.CLIPVisionConfig(**sizes)
         model = _load_model(transformers.CLIPVisionModel, "clip_vision_model", files, config, state, dtype)
-        texts = [] if files.original else [files.folder / "config.json"]
-        fingerprint = fingerprint_files(files.weights, texts, "clip", dtype)
-        return cls(model.to(device), fingerprint, torch.device(device))
+        return cls(model.to(device), clip_fingerprint(path, dtype), torch.device(device))
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

@@ -9,6 +9,27 @@ import json
 from pathlib import Path
 
 from ..engine.weights import fingerprint
+from .encoders import clip_fingerprint
+from .model_paths import ModelPaths
+from .models import Loaded
+
+
+def fingerprints(paths: ModelPaths, loaded: Loaded, cache: Path) -> dict[str, str]:
+    """What every model and LoRA of a run was, by name; encoders have fingerprints of their own."""
+    if not loaded.trained:
+        return {"all": loaded.prompts.fingerprint}
+    found = {}
+    for name, path in paths.given.items():
+        if name in ("text", "embeddings"):
+            found[name] = loaded.prompts.fingerprint
+        elif name == "image_encoder":
+            found[name] = clip_fingerprint(path)
+        else:
+            found[name] = known_fingerprint(path, cache)
+    for name, loras in paths.loras.items():
+        for path, strength in loras:
+            found[f"{name} + {strength:g} * {path.name}"] = known_fingerprint(path, cache)
+    return found
 
 
 def known_fingerprint(path: Path, cache: Path) -> str:

@@ -4,7 +4,8 @@ One session serves one request at a time; sessions share nothing, so a worker op
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -41,26 +42,27 @@ class Request:
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Finished frames: uint8 [n, H, W, 3], the first one's index in the clip, and the state after their segment."""
+    """Finished frames: uint8 [n, H, W, 3], the first one's index in the clip, and their segment."""
 
     frames: np.ndarray
     index: int
     segment: int
-    state: SegmentState = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: `done` of `total` steps of a phase; in Stage II, also which segment."""
+    """Where a run is: `done` of `total` parts of a phase, and what was done last; in Stage II, also which segment."""
 
     phase: Phase
     done: int
     total: int
+    what: str
     segment: int = 0
     segments: int = 0
 
 
 OnProgress = Callable[[Progress], bool | None]
+OnState = Callable[[SegmentState], None]
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,10 @@ class Session:
         pixels = to_tensor(request.image).to(self.device)
         with self.timings.phase("prompt"):
             text, negative = self._encode(request)
-            _report(on_progress, Progress("prompt", 1, 1))
+            _Counter(on_progress, "prompt", 1)("encoded")
         motion = self._run_stage1(request, pixels, text, negative, on_progress)
         profile = self.profile
-        sigmas = stage_sigmas(profile.stage2, profile.strength if profile.stage2_init == "reference" else 1.0)
+        sigmas = stage_sigmas(profile.stage2, profile.stage2_start)
         with self.timings.phase("prompt"):
             conditions = dit_conditions(self.graphs, "stage2", sigmas, text, negative, guidance=profile.stage2.guidance)
         with self.timings.phase("reference"):
@@ -141,31 +143,51 @@ class Session:
         return Clip(request.seed, motion, conditions, sigmas), state
 
     def resume(
-        self, request: Request, clip: Clip, state: SegmentState, on_progress: OnProgress | None = None
+        self,
+        request: Request,
+        clip: Clip,
+        state: SegmentState,
+        on_progress: OnProgress | None = None,
+        on_state: OnState | None = None,
     ) -> Iterator[FrameChunk]:
-        """Chunks from `state` on; it is donated, clone it to use it again. Equal states give equal frames."""
+        """Chunks from `state` on; the state is donated, so pass a clone to use it again. Equal states, equal frames.
+
+        `on_state` sees the state after every segment. It is donated to the next one: save or clone it inside the call.
+        """
         profile = self.profile
         segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
         for segment in segments[state.segment :]:
-            index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
+            report = _Counter(on_progress, "stage2", len(clip.sigmas) + 2, segment.index, len(segments))
 
-            def on_step(step: int, at: int = segment.index) -> None:
-                _report(on_progress, Progress("stage2", step + 1, len(clip.sigmas), at, len(segments)))
+            @contextmanager
+            def phase(name: str, report: "_Counter" = report) -> Iterator[None]:
+                with self.timings.phase(name):
+                    yield
+                if name != "denoise":  # its steps have been reported one by one
+                    report(f"{name} ready" if name == "reference" else "decoded")
 
             pixels, state = run_segment(
-                self.graphs, profile, segment, state, clip.conditions, clip.motion, clip.seed, clip.sigmas, on_step,
-                self.timings.phase,
+                self.graphs, profile, segment, state, clip.conditions, clip.motion, clip.seed, clip.sigmas,
+                report.step, phase,
             )  # fmt: skip
             with self.timings.phase("frames"):
-                if not torch.isfinite(state.latents).all():  # asked here, as the answer waits for the device
-                    raise NumericsError(
-                        f"segment {segment.index}: got latents that are not finite, want numbers; "
-                        "check the weights, or run in a wider dtype such as float32"
-                    )
-                frames = to_frames(pixels)
-            if index == 0:
-                frames[0] = request.image
-            yield FrameChunk(frames, index, segment.index, state)
+                frames = self._frames(pixels, state, request)
+            if on_state is not None:
+                on_state(state)
+            index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
+            yield FrameChunk(frames, index, segment.index)
+
+    def _frames(self, pixels: Tensor, state: SegmentState, request: Request) -> np.ndarray:
+        """uint8 [n, H, W, 3] of a segment's pixels; the clip's first frame is the request's image."""
+        if not torch.isfinite(state.latents).all():  # asked here, as the answer waits for the device
+            raise NumericsError(
+                f"segment {state.segment - 1}: got latents that are not finite, want numbers; "
+                "check the weights, or run in a wider dtype such as float32"
+            )
+        frames = to_frames(pixels)
+        if state.segment == 1:
+            frames[0] = request.image
+        return frames
 
     def _encode(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompt and, where a stage is guided, of the negative prompt, in the graphs' dtype."""
@@ -182,6 +204,7 @@ class Session:
     ) -> Tensor:
         profile, stage = self.profile, self.profile.stage1
         sigmas = stage_sigmas(stage)
+        report = _Counter(on_progress, "stage1", len(sigmas) + 1)
         with self.timings.phase("stage1"):
             image_tokens = None
             if self._image_encoder is not None and stage.dit.image_dim:
@@ -192,13 +215,10 @@ class Session:
             }
             conditions = [by_expert[expert_of(profile, sigma)] for sigma in sigmas]
             condition = image_condition(self.graphs, profile, shrink(pixels, stage.height, stage.width))
+            report("image encoded")
             shape = (stage.dit.out_channels, stage.latent_height, stage.latent_width)
             noise = block_noise(request.seed, 1, range(profile.blocks), shape).to(self.device)
-
-            def on_step(step: int) -> None:
-                _report(on_progress, Progress("stage1", step + 1, len(sigmas)))
-
-            return run_stage1(self.graphs, profile, condition, conditions, noise, sigmas, on_step)
+            return run_stage1(self.graphs, profile, condition, conditions, noise, sigmas, report.step)
 
 
 def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -216,6 +236,20 @@ def check_image(image: np.ndarray, profile: Profile) -> None:
         raise SpecError(f"image: got {image.dtype} {image.shape}, want uint8 {want}; fit it with fit_image first")
 
 
-def _report(on_progress: OnProgress | None, progress: Progress) -> None:
-    if on_progress is not None and on_progress(progress) is False:
-        raise Cancelled(f"{progress.phase}: stopped on request after step {progress.done} of {progress.total}")
+class _Counter:
+    """Reports the parts of one phase as they are done."""
+
+    def __init__(
+        self, on_progress: OnProgress | None, phase: Phase, total: int, segment: int = 0, segments: int = 0
+    ) -> None:
+        self._on_progress = on_progress
+        self._place = Progress(phase, 0, total, "", segment, segments)
+
+    def __call__(self, what: str) -> None:
+        """One part more is done. Raises Cancelled if the callback returns False."""
+        self._place = replace(self._place, done=self._place.done + 1, what=what)
+        if self._on_progress is not None and self._on_progress(self._place) is False:
+            raise Cancelled(f"{self._place.phase}: stopped on request after {what}")
+
+    def step(self, step: int) -> None:
+        self(f"step {step + 1}")

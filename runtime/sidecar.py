@@ -3,50 +3,70 @@
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from ..engine.errors import MediaError
 from ..engine.profile import Profile
 from ..engine.sampler import stage_sigmas
+from .models import Loaded
+from .session import Request
 
 FORMAT = 1
 PACKAGES = ("swifti2v", "torch", "numpy", "safetensors", "pillow", "av", "transformers")
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a run has to say for itself."""
+class Run:
+    """A finished run, as the record needs it."""
 
     output: Path
     source: str
     fit: str
-    prompt: str
-    negative: str | None
-    seed: int
-    device: str
-    dtype: str
+    request: Request
+    loaded: Loaded
     weights: dict[str, str]  # fingerprint by model, or one entry that says they are untrained
-    loras: dict[str, list[tuple[str, float]]]
+    seconds: dict[str, float]
 
 
-def describe(made: Made, profile: Profile, image: np.ndarray, seconds: dict[str, float], wall: float) -> dict[str, Any]:
-    """The record as plain JSON values; image is the fitted one, uint8 [H, W, 3]."""
-    record = {key: value for key, value in asdict(made).items() if key not in ("output", "weights", "loras")}
+def record_path(output: Path) -> Path:
+    """The record of a clip: clip.mp4.json beside clip.mp4."""
+    return output.with_name(output.name + ".json")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """The record as plain JSON values."""
+    request, loaded = run.request, run.loaded
+    profile, device = loaded.profile, loaded.device
+    guided = profile.stage1.guidance != 1 or profile.stage2.guidance != 1
+    negative = profile.text.negative if request.negative is None else request.negative
     return {
         "format": FORMAT,
-        "output": made.output.name,
-        "request": {**record, "image_sha256": hashlib.sha256(image.tobytes()).hexdigest()},
+        "output": run.output.name,
+        "request": {
+            "source": run.source,
+            "fit": run.fit,
+            "image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest(),
+            "prompt": request.prompt,
+            "negative": negative if guided else None,  # not read otherwise
+            "seed": request.seed,
+        },
         "profile": describe_profile(profile),
-        "weights": made.weights,
-        "loras": made.loras,
+        "backend": "eager",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": dtype_name(loaded.dtype),
+        "weights": run.weights,
         "versions": versions(),
-        "seconds": {**seconds, "wall": round(wall, 3)},
+        "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 4)},
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def describe_profile(profile: Profile) -> dict[str, Any]:
@@ -67,15 +87,10 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
         "strength": profile.strength,
         "sigmas": {
             "stage1": [round(sigma, 6) for sigma in stage_sigmas(profile.stage1)],
-            "stage2": [round(sigma, 6) for sigma in stage_sigmas(profile.stage2, stage2_start(profile))],
+            "stage2": [round(sigma, 6) for sigma in stage_sigmas(profile.stage2, profile.stage2_start)],
         },
         "guidance": {"stage1": profile.stage1.guidance, "stage2": profile.stage2.guidance},
     }
-
-
-def stage2_start(profile: Profile) -> float:
-    """The sigma Stage II starts from."""
-    return profile.strength if profile.stage2_init == "reference" else 1.0
 
 
 def versions() -> dict[str, str]:

@@ -21,9 +21,10 @@ class Timings:
         """Count the time inside towards `name`."""
         if self.device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            stream = torch.cuda.current_stream(self.device)
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((name, begin, end))
         else:
             start = time.perf_counter()

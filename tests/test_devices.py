@@ -22,7 +22,7 @@ from swifti2v.runtime.session import shrink
 def test_a_clip_stays_on_its_device(tiny: Profile, context: str):
     profile = replace(
         tiny, context=context, stage1=replace(tiny.stage1, boundary=0.9, dit=replace(tiny.stage1.dit, image_dim=12))
-    ).override(guidance=2.0)
+    ).override(stage1_guidance=2.0, stage2_guidance=2.0)
     with torch.no_grad():
         device = torch.device("meta")
         dits = {"stage1_high": profile.stage1, "stage1_low": profile.stage1, "stage2": profile.stage2}

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swifti2v import ModelPaths, Profile, Request, Session, find_models, load_models
-from swifti2v.engine.errors import ProfileError, SpecError, WeightsError
+from swifti2v.engine.dit import DiT
+from swifti2v.engine.errors import ProfileError, WeightsError
 from swifti2v.engine.presets import get_profile
 from swifti2v.engine.text import WordEncoder
-from swifti2v.engine.weights import save_dit, save_vae, save_words
+from swifti2v.engine.weights import FILE_NAME, save_dit, save_vae, save_words
 from swifti2v.runtime.conditioning import Embeddings, save_embeddings
-from swifti2v.runtime.fingerprints import known_fingerprint
+from swifti2v.runtime.fingerprints import fingerprints, known_fingerprint
 from swifti2v.runtime.inspection import describe_checkpoint
+from swifti2v.runtime.model_paths import fit_profile
 
 FP32 = torch.float32
 
@@ -107,16 +109,17 @@ def test_embeddings_from_a_file(tiny: Profile, folder: Path, tmp_path: Path):
     paths = find_models(tiny, folder, ModelPaths())
     words = load_models(tiny, paths, dtype=FP32)
     save_embeddings(tmp_path / "e.safetensors", Embeddings(words.prompts.encode_all(["zoom"])[0]))
-    given = load_models(tiny, paths, dtype=FP32, embeddings=tmp_path / "e.safetensors")
+    paths = replace(paths, embeddings=tmp_path / "e.safetensors")
+    given = load_models(tiny, paths, dtype=FP32)
     assert np.array_equal(first_chunk(Session.open(words)), first_chunk(Session.open(given)))
-    guided = load_models(tiny.override(guidance=2.0), paths, dtype=FP32, embeddings=tmp_path / "e.safetensors")
+    guided = load_models(tiny.override(stage1_guidance=2.0), paths, dtype=FP32)
     with pytest.raises(WeightsError, match="no tensor `negative`"):
         first_chunk(Session.open(guided))
 
 
 def test_a_stage_one_that_reads_clip_needs_its_encoder(tiny: Profile, tmp_path: Path, save_models):
     image = replace(tiny, stage1=replace(tiny.stage1, dit=replace(tiny.stage1.dit, image_dim=12, image_tokens=5)))
-    with pytest.raises(SpecError, match="pass --image-encoder"):
+    with pytest.raises(WeightsError, match="pass --image-encoder"):
         open_folder(tiny, save_models(image, tmp_path))
 
 
@@ -141,6 +144,38 @@ def test_swapped_models_are_refused(tiny: Profile, folder: Path):
         open_folder(tiny, folder, stage1=folder / "vae1")
     with pytest.raises(ProfileError, match="channels"):
         open_folder(tiny, folder, stage2=folder / "stage1")
+
+
+def test_loras_are_used_or_refused(tiny: Profile, folder: Path, tmp_path: Path):
+    save_file({"diffusion_model.head.head.diff": torch.ones(16, 24)}, tmp_path / "l.safetensors")
+    lora = ((tmp_path / "l.safetensors", 1.0),)
+    with pytest.raises(WeightsError, match="want only none, with untrained weights"):
+        find_models(tiny, None, ModelPaths(loras={"stage2": lora}))
+    with pytest.raises(WeightsError, match="some for stage1_low, want only stage1, stage2"):
+        find_models(tiny, folder, ModelPaths(loras={"stage1_low": lora}))
+    with pytest.raises(WeightsError, match="some for stage3"):
+        find_models(tiny, folder, ModelPaths(loras={"stage3": lora}))
+    with pytest.raises(WeightsError, match=r"stage2 LoRA: got .*none"):
+        find_models(tiny, folder, ModelPaths(loras={"stage2": ((tmp_path / "none", 1.0),)}))
+    pair = ModelPaths(stage1_low=folder / "stage1", loras={"stage1": lora})
+    with pytest.raises(WeightsError, match="one expert of two"):
+        find_models(tiny, folder, pair)
+    find_models(tiny, folder, replace(pair, loras={"stage1": lora, "stage1_low": ((lora[0][0], 0.0),)}))
+
+
+def test_everything_is_refused_before_any_weight_is_read(tiny: Profile, folder: Path, tmp_path: Path):
+    """fit_profile alone raises what would fail later; it reads headers, so a file cut after its header still passes."""
+    cut = tmp_path / "stage1"
+    shutil.copytree(folder / "stage1", cut)
+    paths = find_models(tiny, folder, ModelPaths(stage1=cut))
+    assert fit_profile(tiny, paths) == tiny
+    plain = replace(tiny.stage2.dit, in_channels=6)
+    torch.manual_seed(0)
+    save_dit(DiT(plain), tmp_path / "plain")
+    with pytest.raises(ProfileError, match="--stage2-init reference"):
+        fit_profile(tiny, find_models(tiny, folder, ModelPaths(stage2=tmp_path / "plain")))
+    with pytest.raises(WeightsError, match="unlike stage1's"):
+        fit_profile(tiny, find_models(tiny, folder, ModelPaths(stage1_low=folder / "stage2")))
 
 
 def test_untrained_models_are_the_same_every_time_and_leave_the_generator_alone(tiny: Profile):
@@ -168,8 +203,23 @@ def test_fingerprints_are_remembered_until_a_file_changes(folder: Path, tmp_path
 
 def test_inspection_tells_kinds_apart(folder: Path, tmp_path: Path):
     dit, vae = describe_checkpoint(folder / "stage2"), describe_checkpoint(folder / "vae2")
-    assert (dit["kind"], dit["in_channels"], dit["layers"]) == ("DiT", 12, 2)
-    assert (vae["kind"], vae["latent_channels"], vae["residual"]) == ("VAE", 6, True)
+    assert (dit["kind"], dit["layout"], dit["in_channels"], dit["layers"]) == ("DiT", "original", 12, 2)
+    assert (vae["kind"], vae["layout"], vae["latent_channels"], vae["residual"]) == ("VAE", "diffusers", 6, True)
+    state = load_file(folder / "stage2" / FILE_NAME)
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, tmp_path / "c.safetensors")
+    shutil.copy(folder / "stage2" / "config.json", tmp_path)
+    comfy = describe_checkpoint(tmp_path / "c.safetensors")
+    assert (comfy["kind"], comfy["layout"]) == ("DiT", "ComfyUI"), "`.diff` stands in diffusion_model, too"
     assert describe_checkpoint(folder / "text")["kind"] == "unknown"
     save_file({"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(1)}, tmp_path / "l.safetensors")
     assert describe_checkpoint(tmp_path / "l.safetensors")["kind"] == "LoRA"
+
+
+def test_a_run_has_a_fingerprint_for_every_model(tiny: Profile, folder: Path, tmp_path: Path):
+    save_file({"diffusion_model.head.head.diff": torch.ones(24, 24)}, tmp_path / "l.safetensors")
+    paths = find_models(tiny, folder, ModelPaths(loras={"stage2": ((tmp_path / "l.safetensors", 0.5),)}))
+    found = fingerprints(paths, load_models(tiny, paths, dtype=FP32), tmp_path / "cache")
+    assert found.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 0.5 * l.safetensors"}
+    assert len(set(found.values())) == 6
+    untrained = load_models(tiny, dtype=FP32)
+    assert fingerprints(find_models(tiny), untrained, tmp_path) == {"all": "untrained-0"}

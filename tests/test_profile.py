@@ -39,13 +39,20 @@ def test_windows_do_not_depend_on_the_length():
 
 def test_overrides():
     profile = get_profile("wan-2k").override(
-        frames=41, size=(1408, 2560), noisy=4, neighbours=2, stage1_steps=6, stage2_steps=2, shift=3.0, guidance=3.5
+        frames=41,
+        size=(1408, 2560),
+        noisy=4,
+        neighbours=2,
+        stage1_steps=6,
+        stage2_steps=2,
+        shift=3.0,
+        stage2_guidance=3.5,
     )
     assert (profile.stage1.width, profile.stage1.height) == (352, 640)
     assert (profile.frames, profile.noisy, profile.neighbours) == (41, 4, 2)
     assert (profile.stage1.steps, profile.stage2.steps) == (6, 2)
     assert profile.stage1.shift == profile.stage2.shift == 3.0
-    assert profile.stage2.guidance == 3.5
+    assert (profile.stage1.guidance, profile.stage2.guidance) == (1.0, 3.5)
     assert get_profile("wan-2k").override() == get_profile("wan-2k")
 
 
@@ -63,6 +70,8 @@ def test_overrides():
         ({"neighbours": 9}, "the nearest is 3"),
         ({"stage1_steps": 0}, "steps: got 0"),
         ({"shift": 0.0}, "shift: got 0"),
+        ({"shift": float("nan")}, "shift: got nan"),
+        ({"stage1_guidance": float("inf")}, "guidance: got inf"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict, message: str):
@@ -99,6 +108,31 @@ def test_a_model_that_cannot_see_the_reference_needs_to_start_from_it():
     replace(profile, stage2=replace(profile.stage2, dit=plain), stage2_init="reference", strength=0.6)
     with pytest.raises(ProfileError, match="strength"):
         replace(profile, stage2_init="reference", strength=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": 0}, "fps: got 0"),
+        ({"context": "sideways"}, "context: got 'sideways', want one of both, one-way"),
+        ({"positions": "none"}, "want one of absolute, window"),
+        ({"stage2_init": "zero"}, "want one of noise, reference"),
+        ({"strength": 0.5}, "pass --stage2-init reference"),
+    ],
+)
+def test_modes_that_do_not_exist_are_refused(changes: dict, message: str):
+    with pytest.raises(ProfileError, match=message):
+        replace(get_profile("tiny"), **changes)
+
+
+def test_the_size_grid_suits_both_stages_at_any_factor():
+    tiny = get_profile("tiny")
+    three = replace(
+        tiny, stage1=replace(tiny.stage1, width=64, height=64), stage2=replace(tiny.stage2, width=192, height=192)
+    )
+    assert size_grid(three) == 96
+    with pytest.raises(ProfileError, match="multiples of 96; the nearest is 96x192"):
+        three.override(size=(64, 192))
 
 
 def test_explicit_sigmas():

@@ -48,8 +48,8 @@ def test_a_schedule_can_start_below_one():
 
 
 def test_explicit_sigmas_win():
-    stage = replace(get_profile("tiny").stage2, sigmas=(1.0, 0.8, 0.6, 0.3))
-    assert stage_sigmas(stage) == (1.0, 0.8, 0.6, 0.3)
+    stage = replace(get_profile("tiny").stage2, sigmas=(0.999, 0.8, 0.6, 0.3))
+    assert stage_sigmas(stage) == (0.999, 0.8, 0.6, 0.3), "Wan's own schedule starts below 1"
     assert stage_sigmas(stage, start=0.7) == (0.7, 0.6, 0.3)
 
 

@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from swifti2v import Progress, Request
 from swifti2v.engine.errors import Cancelled, NumericsError, SpecError
 from swifti2v.engine.profile import Profile
+from swifti2v.engine.state import SegmentState
 from swifti2v.runtime.conditioning import Embeddings
 from swifti2v.runtime.prompts import GivenPrompts
 from swifti2v.runtime.session import Session
@@ -63,38 +67,54 @@ def test_frames_leave_before_the_next_segment_starts(tiny: Profile, make_session
         next(run)
         assert {progress.segment for progress in seen if progress.phase == "stage2"} == {0}
         list(run)
-    assert [(p.done, p.total) for p in seen if p.phase == "stage1"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    stage1 = [(p.done, p.total, p.what) for p in seen if p.phase == "stage1"]
+    assert stage1 == [(1, 5, "image encoded"), *((n + 1, 5, f"step {n}") for n in range(1, 5))]
     stage2 = [(p.segment, p.done) for p in seen if p.phase == "stage2"]
-    assert stage2 == [(segment, step) for segment in range(3) for step in range(1, 5)]
-    assert all(p.segments == 3 for p in seen if p.phase == "stage2")
+    assert stage2 == [(segment, part) for segment in range(3) for part in range(1, 7)]
+    assert [p.what for p in seen if p.segment == 2] == [
+        "reference ready", "step 1", "step 2", "step 3", "step 4", "decoded",
+    ]  # fmt: skip
+    assert all((p.total, p.segments) == (6, 3) for p in seen if p.phase == "stage2")
 
 
-@pytest.mark.parametrize(("phase", "done"), [("stage1", 2), ("stage2", 1)])
-def test_a_run_stops_between_steps(tiny: Profile, make_session, request_: Request, phase: str, done: int):
+@pytest.mark.parametrize(("phase", "what"), [("stage1", "step 2"), ("stage2", "step 1"), ("stage2", "decoded")])
+def test_a_run_stops_between_steps(tiny: Profile, make_session, request_: Request, phase: str, what: str):
     with make_session(tiny) as session:
-        with pytest.raises(Cancelled, match=f"{phase}: stopped on request after step {done} of 4"):
-            list(session.generate(request_, lambda p: not (p.phase == phase and p.done == done)))
+        with pytest.raises(Cancelled, match=f"{phase}: stopped on request after {what}"):
+            list(session.generate(request_, lambda p: not (p.phase == phase and p.what == what)))
         assert len(list(session.generate(request_))) == 3, "and the session still works"
 
 
-def test_a_run_resumes_from_any_chunks_state(tiny: Profile, make_session, request_: Request):
+def save(state: SegmentState, path: Path) -> None:
+    tensors = {name: getattr(state, name).contiguous() for name in ("anchor", "latents", "reference")}
+    for name in ("motion_cache", "reference_cache", "decoder_cache"):
+        tensors |= {f"{name}.{i}": cache.contiguous() for i, cache in enumerate(getattr(state, name))}
+    save_file(tensors, path, {"segment": str(state.segment)})
+
+
+def load(path: Path) -> SegmentState:
+    with safe_open(path, "pt") as file:
+        tensors, segment = {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["segment"])  # noqa: SIM118
+    caches = {
+        name: tuple(tensors[f"{name}.{i}"] for i in range(sum(key.startswith(name) for key in tensors)))
+        for name in ("motion_cache", "reference_cache", "decoder_cache")
+    }
+    return SegmentState(segment, tensors["anchor"], tensors["latents"], tensors["reference"], **caches)
+
+
+def test_a_run_resumes_from_any_saved_state_to_the_same_bits(
+    tiny: Profile, make_session, request_: Request, tmp_path: Path
+):
     with make_session(tiny) as session:
         clip, state = session.prepare(request_)
-        states, chunks = [], []
-        for chunk in session.resume(request_, clip, state.clone()):
-            states.append(chunk.state.clone())
-            chunks.append(chunk)
-        for start, saved in enumerate([state, *states]):
-            again = list(session.resume(request_, clip, saved.clone()))
-            assert [c.index for c in again] == [c.index for c in chunks[start:]]
+        save(state, tmp_path / "0")
+        chunks = list(session.resume(request_, clip, state, on_state=lambda s: save(s, tmp_path / str(s.segment))))
+        assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "1", "2", "3"]
+        for start in range(4):
+            again = list(session.resume(request_, clip, load(tmp_path / str(start))))
+            assert [chunk.index for chunk in again] == [chunk.index for chunk in chunks[start:]]
             for one, other in zip(again, chunks[start:], strict=True):
                 assert np.array_equal(one.frames, other.frames)
-
-
-def test_two_experts_and_guidance_run(tiny: Profile, make_session, request_: Request):
-    profile = replace(tiny, stage1=replace(tiny.stage1, boundary=0.9)).override(guidance=2.0)
-    with make_session(profile) as session:
-        assert sum(len(chunk.frames) for chunk in session.generate(request_)) == 33
 
 
 def test_image_tokens_come_from_the_image_encoder(tiny: Profile, make_session, request_: Request):

@@ -71,7 +71,7 @@ def test_upsampling_stays_in_range_and_keeps_flat_fields():
 
 def run_all(profile: Profile, graphs, keep_states: bool = False):
     image, motion = picture(profile), motion_of(profile)
-    sigmas = stage_sigmas(profile.stage2, profile.strength if profile.stage2_init == "reference" else 1.0)
+    sigmas = stage_sigmas(profile.stage2, profile.stage2_start)
     conditions = dit_conditions(graphs, "stage2", sigmas, prompt(profile))
     state, states, pixels = start_state(graphs, image, motion), [], []
     for segment in plan_segments(profile.blocks, profile.noisy, profile.neighbours):
