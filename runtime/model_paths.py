@@ -62,13 +62,13 @@ def find_models(profile: Profile, folder: Path | None = None, single: ModelPaths
     for name, path in files:
         if not path.exists():
             raise WeightsError(f"{name}: got {path}, want a file or folder that exists; check the path")
+    _check_loras(paths)
     missing = [name for name in NEEDED if getattr(paths, name) is None]
     if missing and (files or folder is not None):
         raise WeightsError(
             f"models of {profile.name}: got no {', '.join(missing)}, want all of {', '.join(NEEDED)}; "
             "pass --model-dir with those entries, or each by its option"
         )
-    _check_loras(paths)
     return paths
 
 
@@ -120,9 +120,7 @@ def fit_profile(profile: Profile, paths: ModelPaths) -> Profile:
         return profile
     stage1, stage2 = read_dit_config(path_of(paths, "stage1")), read_dit_config(path_of(paths, "stage2"))
     if paths.stage1_low is not None and read_dit_config(paths.stage1_low) != stage1:
-        raise WeightsError(
-            "stage1_low: got a DiT of another size than stage1, want the two experts of one model; check"
-        )
+        raise WeightsError("stage1_low: got a DiT unlike stage1's, want the two experts of one model; pass those")
     if (stage1.text_dim, stage1.text_len) != (stage2.text_dim, stage2.text_len):
         raise WeightsError(
             f"text: got {stage1.text_len}x{stage1.text_dim} for Stage I and {stage2.text_len}x{stage2.text_dim} for "

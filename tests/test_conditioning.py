@@ -119,11 +119,12 @@ def garbage(content: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [truncated, flipped, empty, garbage])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: Callable[[bytes], bytes]):
     make, asked, _ = opener()
-    encoder = CachedEncoder(make, "letters", EmbeddingCache(tmp_path))
+    cache = EmbeddingCache(tmp_path)
+    encoder = CachedEncoder(make, "letters", cache)
     good = encoder.encode_all(["zoom"])[0]
     (entry,) = tmp_path.iterdir()
     entry.write_bytes(damage(entry.read_bytes()))
-    assert encoder.cache.get("letters", "zoom") is None
+    assert cache.get("letters", "zoom") is None
     assert not entry.exists()
     assert torch.equal(encoder.encode_all(["zoom"])[0], good)
     assert len(asked) == 2
