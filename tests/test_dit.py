@@ -1,6 +1,5 @@
 """The DiT against diffusers' WanTransformer3DModel, and against its own shortcuts."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from swifti2v.engine.weights import load_dit
 
 HEADS, HEAD_DIM, LAYERS = 3, 32, 3  # 32 is shared 12, 10, 10 among time, height and width
 DIM = HEADS * HEAD_DIM
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, which wait for each other for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(model: nn.Module, seed: int) -> None:

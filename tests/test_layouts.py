@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support import TINY, original_dit, refused, same, write
 from torch import Tensor
 
 from swifti2v.engine.dit import DiT
-from swifti2v.engine.errors import WeightsError
 from swifti2v.engine.layouts import dit_name_from_diffusers
 from swifti2v.engine.presets import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD
 from swifti2v.engine.profile import DiTConfig, VAEConfig
 from swifti2v.engine.vae import VAE
 from swifti2v.engine.weights import FILE_NAME, convert, load_dit, load_vae, save_dit, save_vae
 
-TINY = DiTConfig(
-    dim=24, ffn_dim=40, heads=2, layers=2, in_channels=6, out_channels=6, text_dim=16, text_len=8, freq_dim=32
-)
 IMAGE = replace(TINY, in_channels=14, image_dim=20, image_tokens=5)
 STATISTICS = ((0.1, 0.2, -0.3, 0.4), (0.5, 1.5, 2.5, 0.25))
 VAE21 = VAEConfig(4, encoder_dim=4, decoder_dim=4, mean=STATISTICS[0], std=STATISTICS[1])
@@ -35,39 +32,6 @@ CONFIG = {"num_heads": 2, "text_len": 8}
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    """Both models hold the same tensors under the same names."""
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
-
-
-def write(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    if config is not None:
-        (path.parent / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def original_dit(model: DiT, folder: Path) -> dict[str, Tensor]:
-    """The tensors in the original layout, as a file holds them."""
-    return load_file(save_dit(model, folder / "original"))
-
-
-def refused(path: Path, *words: str, load: Callable[..., Any] = load_dit, **options: Any) -> str:
-    """The text of the refusal, one line that has all the words."""
-    with pytest.raises(WeightsError) as caught:
-        load(path, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert re.search(r": got .+, want .+; .+", text), text
-    for word in words:
-        assert word in text, text
-    return text
 
 
 def original_vae(diffusers: Mapping[str, Tensor], nested: bool) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The VAEs against diffusers' AutoencoderKLWan, streamed in chunks of every size, and their sizes at 2K."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,6 @@ FORMS = {
         "temperal_downsample": [True, True, False],  # time also doubles where channels shrink
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, which wait for each other for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(model: nn.Module, seed: int) -> None:
