@@ -1,6 +1,7 @@
 """What tests share: tiny real models, every parameter random, on the CPU."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from swifti2v.engine.presets import get_profile
 from swifti2v.engine.profile import Profile
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
+from swifti2v.engine.weights import save_dit, save_vae, save_words
 from swifti2v.runtime.backend_eager import open_eager
 from swifti2v.runtime.prompts import WordPrompts
 from swifti2v.runtime.session import Session
@@ -76,3 +78,19 @@ def make_session():
 def make_modules():
     """Makes random modules for a profile: `make_modules(profile)`."""
     return tiny_modules
+
+
+@pytest.fixture(scope="session")
+def save_models(make_modules):
+    """Writes a model folder for a profile: `save_models(profile, folder)`."""
+
+    def save(profile: Profile, folder: Path) -> Path:
+        modules = make_modules(profile)
+        for name, module in modules.items():
+            (save_vae if name.startswith("vae") else save_dit)(module, folder / name)
+        torch.manual_seed(0)
+        dit = profile.stage1.dit
+        save_words(WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len), folder / "text")
+        return folder
+
+    return save

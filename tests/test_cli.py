@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from swifti2v import get_profile
+from swifti2v.engine.weights import FILE_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "examples" / "photo.jpg"
@@ -195,6 +199,49 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
     ran = swifti2v("generate", PHOTO, "-o", tmp_path / "o.mp4", *TINY, "--quiet", preexec_fn=limit, env=environment)
     assert_one_line(ran, 1, "o.mp4", "free space")
     assert not list(tmp_path.iterdir())
+
+
+def with_nan(state: dict) -> None:
+    state["head.head.bias"] = state["head.head.bias"] * float("nan")
+
+
+def with_wrong_shape(state: dict) -> None:
+    state["blocks.0.ffn.2.bias"] = torch.ones(25)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_nan, ["segment 0", "not finite"]),
+        (with_wrong_shape, ["blocks.0.ffn.2.bias", "[25]", "[24]"]),
+        (lambda state: state.pop("blocks.1.modulation"), ["without tensors", "blocks.1.modulation"]),
+        (lambda state: state.update(more=torch.ones(1)), ["unknown tensors", "more"]),
+    ],
+    ids=["nan", "wrong shape", "missing", "extra"],
+)
+def test_bad_checkpoints_are_one_line_and_leave_nothing(tmp_path: Path, save_models, change, words: list[str]):
+    models = save_models(get_profile("tiny"), tmp_path / "models")
+    file = models / "stage2" / FILE_NAME
+    state = load_file(file)
+    change(state)
+    save_file(state, tmp_path / "new")
+    (tmp_path / "new").replace(file)
+    ran = swifti2v("generate", PHOTO, "-o", tmp_path / "o.mp4", *TINY, "--quiet", "--model-dir", models)
+    assert_one_line(ran, 1, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_model_folder_makes_a_clip_and_a_foreign_lora_does_not(tmp_path: Path, save_models):
+    models = save_models(get_profile("tiny"), tmp_path / "models")
+    good = {"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(96)}
+    save_file(good, tmp_path / "good.safetensors")
+    save_file(good | {"diffusion_model.blocks.7.ffn.0.diff_b": torch.ones(96)}, tmp_path / "foreign.safetensors")
+    command = ["generate", PHOTO, "-o", tmp_path / "o.mp4", *TINY, "--quiet", "--model-dir", models, "--lora"]
+    assert_one_line(swifti2v(*command, f"stage2={tmp_path / 'foreign.safetensors'}"), 1, "blocks.7", "foreign")
+    ran = swifti2v(*command, f"stage2={tmp_path / 'good.safetensors'}@0.5", "--json")
+    assert ran.returncode == 0, ran.stderr
+    weights = json.loads(ran.stdout)["result"]["weights"]
+    assert weights.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 0.5 * good.safetensors"}
 
 
 def test_an_existing_clip_stays_until_the_new_one_is_whole(tmp_path: Path):

@@ -13,8 +13,7 @@ from swifti2v import ModelPaths, Profile, Request, Session, find_models, load_mo
 from swifti2v.engine.dit import DiT
 from swifti2v.engine.errors import ProfileError, WeightsError
 from swifti2v.engine.presets import get_profile
-from swifti2v.engine.text import WordEncoder
-from swifti2v.engine.weights import FILE_NAME, save_dit, save_vae, save_words
+from swifti2v.engine.weights import FILE_NAME, save_dit
 from swifti2v.runtime.conditioning import Embeddings, save_embeddings
 from swifti2v.runtime.fingerprints import fingerprints, known_fingerprint
 from swifti2v.runtime.inspection import describe_checkpoint
@@ -26,20 +25,6 @@ FP32 = torch.float32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, save_models) -> Path:
     return save_models(get_profile("tiny"), tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def save_models(make_modules):
-    def save(profile: Profile, folder: Path) -> Path:
-        modules = make_modules(profile)
-        for name, module in modules.items():
-            (save_vae if name.startswith("vae") else save_dit)(module, folder / name)
-        torch.manual_seed(0)
-        dit = profile.stage1.dit
-        save_words(WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len), folder / "text")
-        return folder
-
-    return save
 
 
 def open_folder(profile: Profile, folder: Path, **single) -> Session:
