@@ -1,0 +1,98 @@
+"""Flow matching for training: batches of clips, noise levels, velocities and short samplers on plain modules.
+
+Axes: B batch, C channels, T latent blocks, H and W latent rows and columns.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine.dit import DiT
+from ..engine.rope import rope_tables
+from ..engine.sampler import TIMESTEPS, flow_sigmas, shift_sigma
+from ..engine.vae import VAE
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips with known truth: pixels in [-1, 1], high [B, 3, T, H, W] and low [B, 3, T, H/4, W/4], and what moves."""
+
+    high: Tensor
+    low: Tensor
+    prompts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Which noise levels are trained: uniform before the shift, and for a share exactly those of inference."""
+
+    shift: float = 5.0
+    steps: int = 4
+    grid_share: float = 0.5
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` sigmas in (0, 1], fp32 [count] on the CPU."""
+        uniform = 1 - torch.rand(count, generator=generator)
+        shifted = self.shift * uniform / (1 + (self.shift - 1) * uniform)
+        grid = torch.tensor(flow_sigmas(self.steps, self.shift))
+        chosen = grid[torch.randint(self.steps, (count,), generator=generator)]
+        return torch.where(torch.rand(count, generator=generator) < self.grid_share, chosen, shifted)
+
+
+def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) x + sigma noise, with one sigma [B] per sample of x [B, C, T, H, W]."""
+    level = sigma.to(x.device).view(-1, 1, 1, 1, 1)  # [B] -> [B, 1, 1, 1, 1]
+    return (1 - level) * x + level * noise
+
+
+def dit_velocity(
+    dit: DiT, latents: Tensor, sigma: Tensor, text: Tensor, clean: int = 0, positions: Sequence[int] | None = None
+) -> Tensor:
+    """Velocity fp32 [B, C_out, T, H, W] of latents [B, C_in, T, H, W], text rows [B, L, D].
+
+    The first `clean` blocks have timestep 0, the others the sample's sigma [B]. As DiT.denoise, but the tables stay
+    fp32 under autocast.
+    """
+    device = latents.device
+    timesteps = (TIMESTEPS * sigma.to(device)).unsqueeze(1).repeat(1, latents.shape[2])  # [B] -> [B, T]
+    timesteps[:, :clean] = 0
+    distinct, rows = timesteps.unique(return_inverse=True)  # [R], [B, T]
+    with torch.autocast(device.type, enabled=False):
+        modulation, head_modulation = dit.time_tables(distinct)
+    height, width = latents.shape[3] // 2, latents.shape[4] // 2
+    cos, sin = rope_tables(dit.config.head_dim, positions or range(latents.shape[2]), height, width)
+    rope = (cos.to(device), sin.to(device))
+    return dit(latents, modulation, head_modulation, rows, rope, dit.text_kv(text)).float()
+
+
+def few_steps(velocity: Velocity, x: Tensor, start: Tensor, steps: int, shift: float) -> Tensor:
+    """Euler from each sample's own noise level `start` [B] down to 0, in `steps` steps. x [B, C, T, H, W]."""
+    origin = start / (shift - (shift - 1) * start)  # unshifted
+    for step in range(steps):
+        now, after = (_shifted(origin * (1 - i / steps), shift).to(x.device) for i in (step, step + 1))
+        x = x + (after - now).view(-1, 1, 1, 1, 1) * velocity(x, now)  # [B] -> [B, 1, 1, 1, 1]
+    return x
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    return torch.tensor([shift_sigma(value, shift) for value in sigma.tolist()])
+
+
+@torch.no_grad()
+def encode_clip(vae: VAE, pixels: Tensor) -> Tensor:
+    """Normalised latents fp32 [B, z, 1+k, H, W] of pixels [B, 3, 1+4k, ...]; two calls, as chunks may be long."""
+    first, caches = vae.encode_chunk(pixels[:, :, :1], None)
+    rest, _ = vae.encode_chunk(pixels[:, :, 1:], caches)
+    return torch.cat((first, rest), dim=2).float()
+
+
+@torch.no_grad()
+def decode_clip(vae: VAE, latents: Tensor) -> Tensor:
+    """Pixels fp32 [B, 3, 1+4k, ...] in [-1, 1] of normalised latents [B, z, 1+k, H, W]."""
+    first, caches = vae.decode_chunk(latents[:, :, :1], None)
+    rest, _ = vae.decode_chunk(latents[:, :, 1:], caches)
+    return torch.cat((first, rest), dim=2).float()

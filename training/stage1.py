@@ -1,0 +1,84 @@
+"""Stage I: flow matching on low-resolution latents, conditioned on the first frame and the prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.dit import DiT
+from ..engine.text import WordEncoder
+from ..engine.vae import VAE
+from .flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Noise levels, and how often a prompt is left empty (which is what guidance needs)."""
+
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    drop_prompt: float = 0.1
+
+
+def first_frame_condition(vae: VAE, low: Tensor) -> Tensor:
+    """Mask and latents [B, 4+z, T, h, w] of the first frame and then mid-grey, from clips low [B, 3, T', H, W]."""
+    still = torch.cat((low[:, :, :1], torch.zeros_like(low[:, :, 1:])), dim=2)
+    latents = encode_clip(vae, still)
+    mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat((mask, latents), dim=1)
+
+
+def encode_prompts(words: WordEncoder, prompts: list[str], device: torch.device) -> Tensor:
+    """Text rows [B, text_len, D]; gradients reach the encoder."""
+    return words(words.tokenize(prompts).to(device))
+
+
+class Stage1Task:
+    """Trains a DiT with image channels and the word encoder together, on the latents of a finished VAE."""
+
+    def __init__(
+        self,
+        dit: DiT,
+        words: WordEncoder,
+        vae: VAE,
+        batch: Callable[[int, int], ClipBatch],
+        config: Stage1Config | None = None,
+    ) -> None:
+        """`batch(step, seed)` gives the clips of a step; equal arguments give equal clips."""
+        self.dit, self.words, self.vae = dit, words, vae.requires_grad_(False).eval()
+        self.batch = batch
+        self.config = config or Stage1Config()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"stage1": self.dit, "text": self.words}
+
+    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity, over all blocks."""
+        clips = self.batch(step, seed)
+        generator = torch.Generator().manual_seed(seed)
+        latents = encode_clip(self.vae, clips.low)
+        count = latents.shape[0]
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        sigma = self.config.levels.draw(count, generator)
+        kept = torch.rand(count, generator=generator) >= self.config.drop_prompt
+        prompts = [prompt if keep else "" for prompt, keep in zip(clips.prompts, kept.tolist(), strict=True)]
+        condition = first_frame_condition(self.vae, clips.low)
+        x = torch.cat((noised(latents, noise, sigma), condition), dim=1)  # [B, z + 4+z, T, h, w]
+        velocity = dit_velocity(self.dit, x, sigma, encode_prompts(self.words, prompts, latents.device))
+        loss = F.mse_loss(velocity, noise - latents)
+        return loss, {"sigma": sigma.mean().item()}
+
+
+@torch.no_grad()
+def run_few_steps(
+    dit: DiT, condition: Tensor, text: Tensor, x: Tensor, start: Tensor, steps: int, shift: float
+) -> Tensor:
+    """Motion latents [B, z, T, h, w] that Stage I makes of x, each sample from its own noise level `start` [B]."""
+
+    def velocity(value: Tensor, sigma: Tensor) -> Tensor:
+        return dit_velocity(dit, torch.cat((value, condition), dim=1), sigma, text)
+
+    return few_steps(velocity, x, start, steps, shift)

@@ -1,0 +1,104 @@
+"""Stage II on the windows of segment-wise generation: clean conditioning blocks, loss on the noisy ones alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.dit import DiT
+from ..engine.segments import Segment, plan_segments
+from ..engine.vae import VAE
+from .flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+from .stage1 import encode_prompts
+from .transition import StageOne, TransitionConfig, hybrid_reference, transit
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Windows, noise levels, and how often the context is the model's own output rather than the truth."""
+
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    transition: TransitionConfig = field(default_factory=TransitionConfig)
+    noisy: tuple[int, ...] = (3, 3, 3, 2, 4)  # M is drawn from these
+    neighbours: tuple[int, ...] = (1, 1, 1, 0, 2)  # N is drawn from these
+    own_context: float = 0.25
+
+
+class Stage2Task:
+    """Trains the second DiT; the first stage and both VAEs are finished and stay as they are."""
+
+    def __init__(
+        self,
+        dit: DiT,
+        vae: VAE,
+        stage1: StageOne,
+        batch: Callable[[int, int], ClipBatch],
+        config: Stage2Config | None = None,
+    ) -> None:
+        """`batch(step, seed)` gives the clips of a step; equal arguments give equal clips."""
+        self.dit, self.vae, self.stage1 = dit, vae.requires_grad_(False).eval(), stage1
+        for module in (stage1.dit, stage1.words, stage1.vae):
+            module.requires_grad_(False).eval()
+        self.batch = batch
+        self.config = config or Stage2Config()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"stage2": self.dit}
+
+    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity of the noisy blocks of one random window."""
+        clips, config = self.batch(step, seed), self.config
+        generator = torch.Generator().manual_seed(seed)
+        low = transit(self.stage1, clips, config.transition, generator)
+        reference = hybrid_reference(self.vae, low, clips.high)
+        latents = encode_clip(self.vae, clips.high)
+        text = encode_prompts(self.stage1.words, list(clips.prompts), latents.device)
+        segments = draw_plan(latents.shape[2], config, generator)
+        segment = segments[int(torch.randint(len(segments), (), generator=generator))]
+        context = latents
+        if segment.context and torch.rand((), generator=generator) < config.own_context:
+            context = self.with_own_output(latents, reference, text, segments[segment.index - 1], generator)
+        noise = torch.randn(latents[:, :, list(segment.noisy)].shape, generator=generator).to(latents.device)
+        sigma = config.levels.draw(latents.shape[0], generator)
+        target = latents[:, :, list(segment.noisy)]
+        x = noised(target, noise, sigma)
+        velocity = self.window_velocity(context, reference, text, segment, x, sigma)
+        loss = F.mse_loss(velocity, noise - target)
+        return loss, {"sigma": sigma.mean().item(), "segment": float(segment.index)}
+
+    def window_velocity(
+        self, clean: Tensor, reference: Tensor, text: Tensor, segment: Segment, x: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """Velocity [B, z, m, H, W] of a window's noisy blocks x; clean latents and reference are those of the clip."""
+        conditioning = clean[:, :, [segment.anchor, *segment.context]]  # [B, z, 1+context, H, W]
+        window = torch.cat((conditioning, x), dim=2)
+        window = torch.cat((window, reference[:, :, list(segment.window)]), dim=1)  # [B, 2z, T, H, W]
+        return dit_velocity(self.dit, window, sigma, text, segment.clean, segment.window)[:, :, segment.clean :]
+
+    @torch.no_grad()
+    def with_own_output(
+        self, latents: Tensor, reference: Tensor, text: Tensor, before: Segment, generator: torch.Generator
+    ) -> Tensor:
+        """The clip's latents with the blocks of the segment before made by the model, from true context of its own."""
+        levels = self.config.levels
+        noise = torch.randn(latents[:, :, list(before.noisy)].shape, generator=generator).to(latents.device)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.window_velocity(latents, reference, text, before, x, sigma)
+
+        made = few_steps(velocity, noise, torch.ones(len(noise)), levels.steps, levels.shift)
+        mixed = latents.clone()
+        mixed[:, :, list(before.noisy)] = made
+        return mixed
+
+
+def draw_plan(blocks: int, config: Stage2Config, generator: torch.Generator) -> tuple[Segment, ...]:
+    """Segments of a clip with M and N drawn from the configuration, kept to what the clip's length allows."""
+    noisy = config.noisy[int(torch.randint(len(config.noisy), (), generator=generator))]
+    neighbours = config.neighbours[int(torch.randint(len(config.neighbours), (), generator=generator))]
+    noisy = min(noisy, blocks - 1)
+    short = (blocks - 1 - noisy) % noisy or noisy
+    return plan_segments(blocks, noisy, min(neighbours, short if blocks <= 1 + 2 * noisy else noisy))

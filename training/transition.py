@@ -1,0 +1,60 @@
+"""Stage transition: references for training that carry the artifacts Stage I makes.
+
+Low-resolution truth is noised to a random level, denoised by the trained Stage I in a few steps, decoded, upsampled,
+given the image as its first frame, and encoded: what Stage II meets at inference, with the truth beside it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine.dit import DiT
+from ..engine.reference import upsample
+from ..engine.text import WordEncoder
+from ..engine.vae import VAE
+from .flow import ClipBatch, decode_clip, encode_clip, noised
+from .stage1 import encode_prompts, first_frame_condition, run_few_steps
+
+
+@dataclass(frozen=True)
+class TransitionConfig:
+    """How often Stage I has its hand in a reference, and from which noise levels; the same in evaluation."""
+
+    probability: float = 0.8
+    lowest: float = 0.4
+    highest: float = 0.95
+    steps: int = 4
+    shift: float = 5.0
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """The finished first stage that transition runs."""
+
+    dit: DiT
+    words: WordEncoder
+    vae: VAE
+
+
+@torch.no_grad()
+def transit(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, generator: torch.Generator) -> Tensor:
+    """Low-resolution pixels [B, 3, T, h, w] as Stage I would hand them on; a share of the samples only decoded."""
+    latents = encode_clip(stage1.vae, clips.low)
+    count = latents.shape[0]
+    spread = config.highest - config.lowest
+    start = config.lowest + spread * torch.rand(count, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    text = encode_prompts(stage1.words, list(clips.prompts), latents.device)
+    condition = first_frame_condition(stage1.vae, clips.low)
+    x = noised(latents, noise, start)
+    made = run_few_steps(stage1.dit, condition, text, x, start, config.steps, config.shift)
+    taken = (torch.rand(count, generator=generator) < config.probability).to(latents.device)
+    return decode_clip(stage1.vae, torch.where(taken.view(-1, 1, 1, 1, 1), made, latents))  # [B] -> [B, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+def hybrid_reference(vae2: VAE, low: Tensor, high: Tensor) -> Tensor:
+    """z_ref [B, z, 1+k, H, W]: low pixels upsampled to the size of high, the first frame taken from high, encoded."""
+    pixels = upsample(low, *high.shape[3:])
+    return encode_clip(vae2, torch.cat((high[:, :, :1], pixels[:, :, 1:]), dim=2))
