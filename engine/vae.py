@@ -115,7 +115,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z, T, h, w] to pixels [B, 3, T', 8ph, 8pw]."""
+    """Latents [B, z, T, h, w] to pixels [B, 3, T', 8ph, 8pw], not yet clipped: training needs their gradients."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
             for stage in late:
                 y = stage(y, tape)
             y = self.conv_out(F.silu(self.norm_out(y)), tape)
-            return unpatchify(y, self.patch).clamp(-1, 1)
+            return unpatchify(y, self.patch)
 
         area = latents.shape[3] * latents.shape[4] * self.spatial**2
         return frame_by_frame(run_late, x, tape, slots, area)
@@ -186,7 +186,7 @@ class VAE(nn.Module):
         """
         tape = Tape(caches, donate)
         scaled = (latents.float() * self.std.float() + self.mean.float()).to(latents.dtype)
-        return self.decoder(self.post_quant(scaled), tape), tape.caches()
+        return self.decoder(self.post_quant(scaled), tape).clamp(-1, 1), tape.caches()
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, T, H, W] in [-1, 1], T = 1 + 4k -> normalised latents [B, z, 1 + k, h, w]."""

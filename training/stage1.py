@@ -1,7 +1,8 @@
 """Stage I: flow matching on low-resolution latents, conditioned on the first frame and the prompt."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,11 @@ class Stage1Task:
         self.dit, self.words, self.vae = dit, words, vae.requires_grad_(False).eval()
         self.batch = batch
         self.config = config or Stage1Config()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        return {"kind": "stage1", "config": asdict(self.config)}
 
     @property
     def modules(self) -> dict[str, nn.Module]:

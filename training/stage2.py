@@ -1,7 +1,8 @@
 """Stage II on the windows of segment-wise generation: clean conditioning blocks, loss on the noisy ones alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,11 @@ class Stage2Task:
             module.requires_grad_(False).eval()
         self.batch = batch
         self.config = config or Stage2Config()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share."""
+        return {"kind": "stage2", "config": asdict(self.config)}
 
     @property
     def modules(self) -> dict[str, nn.Module]:

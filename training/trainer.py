@@ -1,0 +1,396 @@
+"""One loop for every training: AdamW, a cosine schedule, EMA, one checkpoint file, a log and a loss curve.
+
+A step is a function of its number and the seed alone, so a run that was interrupted and resumed is the same run: on the
+CPU bit by bit, on a GPU up to the order in which its kernels add.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..engine.dit import DiT
+from ..engine.errors import EnvironmentMismatch, NumericsError, SwiftError
+from ..engine.layouts import stays_fp32
+from ..engine.text import WordEncoder
+from ..engine.vae import VAE
+from ..engine.weights import save_dit, save_vae, save_words
+
+CHECKPOINT, LOG, CURVE = "checkpoint.safetensors", "log.jsonl", "loss.png"
+FORMAT = "1"
+# These may differ when a run is resumed; `steps` may only grow.
+FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips")
+Record = dict[str, Any]
+Parts = Mapping[str, float | Tensor]
+
+
+class TrainingError(SwiftError):
+    """A training that cannot start or go on as asked."""
+
+
+class Task(Protocol):
+    """What is trained. Parameters that require gradients are; the others are left alone and not saved.
+
+    `loss` draws its own batch as a pure function of its arguments; `seed` differs from step to step. The global random
+    state is seeded before each call too. A task may have `settings`, a mapping of JSON values that a resumed run must
+    share, and `finish()`, called once the last step is done.
+    """
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    def loss(self, step: int, seed: int) -> tuple[Tensor, Parts]: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The rate rises for `warmup` steps, then falls to 0 at `steps`; raised ones give another cosine."""
+
+    steps: int
+    batch: int = 1  # clips of a step; read by the task that draws them
+    lr: float = 3e-4
+    warmup: int = 100
+    weight_decay: float = 0.01  # on matrices and kernels, not on biases and norms
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0  # largest norm of all gradients together; inf = off
+    ema: float = 0.999
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 10
+    device: str = "cpu"
+    bf16: bool = False  # autocast, on CUDA only; weights, EMA and optimizer stay fp32
+    minutes: float | None = None  # stop and save when this much time has passed in this call
+    skips: int | None = None  # non-finite steps in a row to pass over; None: 3 under bf16, else 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name}: got {getattr(self, name)}, want 1 or more; the nearest is 1")
+        if not (0 <= self.ema < 1 and self.lr > 0 and self.clip > 0 and self.warmup >= 0):
+            raise TrainingError(
+                f"training: got ema {self.ema}, lr {self.lr}, clip {self.clip}, warmup {self.warmup}, "
+                "want 0 <= ema < 1, lr and clip above 0, warmup 0 or more; change them"
+            )
+        if self.bf16 and not self.device.startswith("cuda"):
+            raise TrainingError(f"bf16: got device {self.device!r}, want cuda; leave it out on the CPU")
+
+    @property
+    def allowed_skips(self) -> int:
+        return (3 if self.bf16 else 0) if self.skips is None else self.skips
+
+
+def step_seed(seed: int, *labels: int | str) -> int:
+    """A seed in 0 .. 2^63 - 1 that is a function of `seed` and the labels (a step, what is drawn)."""
+    digest = hashlib.sha256("/".join(str(part) for part in (seed, *labels)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 0, 1, ...: a linear rise over `warmup` steps, then a cosine towards 0 at `steps`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    part = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+
+
+def ema_decay(config: TrainConfig, updates: int) -> float:
+    """How much of the average an update keeps, after `updates` earlier ones: little at first."""
+    return min(config.ema, (1 + updates) / (10 + updates))
+
+
+def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Record], None] | None = None) -> int:
+    """Train from the folder's checkpoint, or from the start if it has none; returns the steps that are done.
+
+    Writes checkpoint.safetensors (at save points and at the end), log.jsonl and loss.png into `folder`; the modules end
+    with the trained weights, see `load_ema` for the averaged ones. An exception from `on_log` ends the run at once, and
+    the last save point stands. TrainingError for a checkpoint of another run; NumericsError for values that are not
+    finite, with nothing saved after the last save point.
+    """
+    _check_device(config.device)
+    figures = _figures()
+    folder.mkdir(parents=True, exist_ok=True)
+    devices = [config.device] if config.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        run = _Run(task, config, folder)
+        run.resume()
+        started = time.monotonic()
+        while run.step < config.steps:
+            record = run.advance()
+            if record is not None and on_log is not None:
+                on_log(record)
+            done = run.step == config.steps
+            late = config.minutes is not None and time.monotonic() - started >= 60 * config.minutes
+            if done or late or run.step % config.save_every == 0:
+                run.save()
+                draw_curve(folder, figures)
+            if late:
+                break
+    finish = getattr(task, "finish", None)
+    if run.step == config.steps and finish is not None:
+        finish()
+    return run.step
+
+
+class _Run:
+    """The moving parts of a training: parameters, their average, the optimizer, and where the run stands."""
+
+    def __init__(self, task: Task, config: TrainConfig, folder: Path) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        for module in task.modules.values():
+            module.to(config.device).train()
+        self.parameters = _trained(task.modules)
+        self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
+        matrices = {name for name, value in self.parameters.items() if sum(n > 1 for n in value.shape) > 1}
+        groups = [
+            {"params": [self.parameters[n] for n in self.parameters if n in matrices]},
+            {"params": [self.parameters[n] for n in self.parameters if n not in matrices], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+        self.step = self.skipped = self.passed = 0  # steps done; how many of them were skipped, and the last in a row
+        self.seconds = 0.0  # of training, over all calls
+
+    def advance(self) -> Record | None:
+        """Do one step; its record where it is logged."""
+        config, start = self.config, time.monotonic()
+        seed = step_seed(config.seed, self.step)
+        torch.manual_seed(seed)
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=config.bf16):
+            loss, parts = self.task.loss(self.step, seed)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        value, length = loss.item(), norm.item()
+        finite = math.isfinite(value) and math.isfinite(length)
+        if finite:
+            self.optimizer.step()
+            decay = ema_decay(config, self.step - self.skipped)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+            self.passed = 0
+        elif self.passed == config.allowed_skips:
+            raise NumericsError(
+                f"step {self.step + 1}: got loss {value} and gradient norm {length}, want finite values; "
+                "lower lr or clip, and resume from the last save point"
+            )
+        else:
+            self.skipped, self.passed = self.skipped + 1, self.passed + 1
+        self.step += 1
+        self.seconds += time.monotonic() - start
+        if finite and self.step % config.log_every and self.step != config.steps:
+            return None
+        record = {"step": self.step, "loss": value, **{name: _number(part) for name, part in parts.items()}}
+        record |= {"lr": rate, "grad_norm": length, "seconds": round(self.seconds, 3), "skipped": self.skipped}
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        return record
+
+    def identity(self) -> Record:
+        """What a checkpoint and the run that resumes it must share, as JSON gives it back."""
+        config = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        settings = dict(getattr(self.task, "settings", {}))
+        return json.loads(json.dumps({**config, **{f"task.{name}": value for name, value in settings.items()}}))
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one, then rename."""
+        tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
+        for name, value in self.parameters.items():
+            for key, state in self.optimizer.state.get(value, {}).items():
+                tensors[f"adam.{key}.{name}"] = state
+        state = {"step": self.step, "skipped": self.skipped, "passed": self.passed, "seconds": self.seconds}
+        metadata = {"swifti2v_training": FORMAT, "state": json.dumps(state), "config": json.dumps(self.identity())}
+        path = self.folder / CHECKPOINT
+        part = path.with_name(path.name + ".part")
+        try:
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+            part.replace(path)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                part.unlink()
+            raise TrainingError(
+                f"{path}: got an error while writing ({error}), want the whole file; free space and resume"
+            ) from error
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, if there is one, and cut the log to it."""
+        path = self.folder / CHECKPOINT
+        if path.is_file():
+            tensors, metadata = _read(path)
+            state = json.loads(metadata["state"])
+            _check_identity(path, json.loads(metadata["config"]), self.identity())
+            want = {f"model.{name}": tuple(value.shape) for name, value in self.parameters.items()}
+            _check_shapes(path, {n: tuple(t.shape) for n, t in tensors.items() if n.startswith("model.")}, want)
+            with torch.no_grad():
+                for name, value in self.parameters.items():
+                    value.copy_(tensors[f"model.{name}"])
+                    self.ema[name].copy_(tensors[f"ema.{name}"])
+            for name, value in self.parameters.items():
+                if f"adam.step.{name}" in tensors:  # the count stays where the optimizer keeps it, on the CPU
+                    places = {"step": "cpu", "exp_avg": value.device, "exp_avg_sq": value.device}
+                    adam = {key: tensors[f"adam.{key}.{name}"].clone().to(place) for key, place in places.items()}
+                    self.optimizer.state[value] = adam
+            self.step, self.skipped, self.passed = state["step"], state["skipped"], state["passed"]
+            self.seconds = state["seconds"]
+        log = self.folder / LOG
+        kept = [record for record in read_log(self.folder) if record["step"] <= self.step]
+        part = log.with_name(log.name + ".part")
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        part.replace(log)
+
+
+def load_ema(folder: Path, modules: Mapping[str, nn.Module]) -> int:
+    """Put the averaged weights of a training folder into its modules; returns the step they are of.
+
+    `modules` are named as in the task. Parameters that were not trained keep their values; TrainingError where the
+    checkpoint holds a tensor that the modules lack or that has another shape.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise TrainingError(f"{path}: got no such file, want a training's checkpoint; train first")
+    tensors, metadata = _read(path, prefix="ema.")
+    own = {f"ema.{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _check_shapes(path, have, {name: tuple(own[name].shape) for name in own if name in have})
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return int(json.loads(metadata["state"])["step"])
+
+
+def ship(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a trained VAE, DiT or word encoder in `dtype` with its config.json; what Wan keeps in fp32 stays fp32."""
+    copy = deepcopy(module)
+    for name, parameter in copy.named_parameters():
+        if not (isinstance(copy, DiT) and stays_fp32(name)):
+            parameter.data = parameter.data.to(dtype)
+    if isinstance(copy, VAE):
+        return save_vae(copy, folder)
+    if isinstance(copy, DiT):
+        return save_dit(copy, folder)
+    if isinstance(copy, WordEncoder):
+        return save_words(copy, folder)
+    raise TrainingError(f"model: got {type(module).__name__}, want a VAE, DiT or WordEncoder; pass one of them")
+
+
+def read_log(folder: Path) -> list[Record]:
+    """The records of a training folder; a last line that a crash cut short is left out."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = []
+    for index, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if index + 1 == len(lines):
+                break
+            raise TrainingError(
+                f"{path}: got a line {index + 1} that is not JSON, want one record a line; repair or delete the file"
+            ) from error
+    return records
+
+
+def draw_curve(folder: Path, figures: Any = None) -> Path:
+    """Draw loss.png from the log: every logged loss, and their running mean, on a log scale."""
+    figures = figures or _figures()
+    points = [(r["step"], r["loss"]) for r in read_log(folder) if r["loss"] is not None and r["loss"] > 0]
+    figure = figures(figsize=(8, 4.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    if points:
+        steps, losses = zip(*points, strict=True)
+        window, sums = max(5, len(losses) // 20), [0.0, *accumulate(losses)]
+        means = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+        axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
+        axes.plot(steps, means, color="tab:blue", linewidth=1.8, label=f"mean of {window}")
+        axes.set_title(f"step {steps[-1]}: {means[-1]:.4g}")
+        axes.legend()
+    axes.grid(True, which="both", alpha=0.3)
+    part = folder / (CURVE + ".part")
+    figure.savefig(part, format="png")
+    return part.replace(folder / CURVE)
+
+
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else float(value)
+
+
+def _figures() -> Any:
+    """matplotlib's figure class, whose default canvas is Agg."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EnvironmentMismatch(
+            "loss curve: got no matplotlib, want it; pip install 'swifti2v[train]' (from a checkout: '.[train]')"
+        ) from error
+    return Figure
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise EnvironmentMismatch(f"device: got {device!r}, want cpu, or cuda where there is a GPU; pass cpu")
+
+
+def _trained(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """`module.parameter` -> every parameter that requires gradients, each once."""
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not any(parameter is other for other in found.values()):
+                found[f"{prefix}.{name}"] = parameter
+    wrong = [name for name, parameter in found.items() if parameter.dtype != torch.float32]
+    if wrong or not found:
+        raise TrainingError(
+            f"trained parameters: got {len(found)}, {len(wrong)} of them not fp32 {wrong[:3]}, want some and all fp32; "
+            "load in fp32 and call requires_grad_(True)"
+        )
+    return found
+
+
+def _read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: got an unreadable file ({error}), want a checkpoint; delete it") from error
+    if metadata.get("swifti2v_training") != FORMAT:
+        raise TrainingError(
+            f"{path}: got format {metadata.get('swifti2v_training')}, want {FORMAT}; train in another folder"
+        )
+    return tensors, metadata
+
+
+def _check_identity(path: Path, have: Record, want: Record) -> None:
+    """Refuse to resume a run with other settings; more steps than it had are fine."""
+    names = [*want, *(name for name in have if name not in want)]
+    differ = [n for n in names if have.get(n) != want.get(n) and not (n == "steps" and want[n] > have[n])]
+    if differ:
+        got = ", ".join(f"{name} {have.get(name)!r}" for name in differ[:5])
+        wish = ", ".join(f"{name} {want.get(name)!r}" for name in differ[:5])
+        raise TrainingError(f"{path}: got a run with {got}, want {wish}; keep the settings or train in another folder")
+
+
+def _check_shapes(path: Path, have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = sorted(name for name in {*have, *want} if have.get(name) != want.get(name))
+    if wrong:
+        name = wrong[0]
+        raise TrainingError(
+            f"{path}: got {name} {have.get(name)} and {len(wrong) - 1} more that differ, want {want.get(name)}; "
+            "use the modules it was trained with"
+        )
