@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -172,7 +173,10 @@ def test_errors_are_an_envelope_with_json(tmp_path: Path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_mid_segment_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int):
     command = [*SWIFTI2V, "generate", str(PHOTO), "-o", str(tmp_path / "o.mp4"), *TINY, "--frames", "397"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A shell may have started the tests with SIGINT ignored, which children inherit.
+    pipes["preexec_fn"] = lambda: signal.signal(number, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("Stage II: segment 2/"):
