@@ -169,6 +169,11 @@ class Profile:
         return self.stage1.dit.in_channels > self.stage1.dit.out_channels
 
     @property
+    def guided(self) -> bool:
+        """Whether any stage uses classifier-free guidance, and so reads the negative prompt."""
+        return not self.stage1.guidance == self.stage2.guidance == 1.0
+
+    @property
     def stage2_start(self) -> float | None:
         """The sigma that Stage II starts at, None for its schedule's own."""
         return self.strength if self.stage2_init == "reference" else None

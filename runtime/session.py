@@ -194,7 +194,7 @@ class Session:
         profile = self.profile
         dtype = self.graphs["stage2_text"].spec.inputs[0].dtype
         prompts = [request.prompt]
-        if not profile.stage1.guidance == profile.stage2.guidance == 1.0:
+        if profile.guided:
             prompts.append(profile.text.negative if request.negative is None else request.negative)
         text, *negative = (rows.to(self.device, dtype) for rows in self._encoder.encode_all(prompts))
         return text, negative[0] if negative else None

@@ -42,7 +42,6 @@ def describe(run: Run) -> dict[str, Any]:
     """The record as plain JSON values."""
     request, loaded = run.request, run.loaded
     profile, device = loaded.profile, loaded.device
-    guided = profile.stage1.guidance != 1 or profile.stage2.guidance != 1
     negative = profile.text.negative if request.negative is None else request.negative
     return {
         "format": FORMAT,
@@ -52,7 +51,7 @@ def describe(run: Run) -> dict[str, Any]:
             "fit": run.fit,
             "image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest(),
             "prompt": request.prompt,
-            "negative": negative if guided else None,  # not read otherwise
+            "negative": negative if profile.guided else None,  # not read otherwise
             "seed": request.seed,
         },
         "profile": describe_profile(profile),
