@@ -126,15 +126,23 @@ class Session:
         clip, state = self.prepare(request, on_progress)
         yield from self.resume(request, clip, state, on_progress)
 
-    def prepare(self, request: Request, on_progress: OnProgress | None = None) -> tuple[Clip, SegmentState]:
-        """Everything before the first segment: prompt, Stage I, and the state that the first segment starts from."""
+    def prepare(
+        self, request: Request, on_progress: OnProgress | None = None, motion: Tensor | None = None
+    ) -> tuple[Clip, SegmentState]:
+        """Everything before the first segment: prompt, Stage I, and the state that the first segment starts from.
+
+        `motion` latents [1, C1, F, h, w], if given, take the place of what Stage I would make.
+        """
         check_image(request.image, self.profile)
         pixels = to_tensor(request.image).to(self.device)
         with self.timings.phase("prompt"):
             text, negative = self._encode(request)
             _Counter(on_progress, "prompt", 1)("encoded")
-        motion = self._run_stage1(request, pixels, text, negative, on_progress)
         profile = self.profile
+        if motion is None:
+            motion = self._run_stage1(request, pixels, text, negative, on_progress)
+        else:
+            motion = check_motion(motion, profile).to(self.device)
         sigmas = stage_sigmas(profile.stage2, profile.stage2_start)
         with self.timings.phase("prompt"):
             conditions = dit_conditions(self.graphs, "stage2", sigmas, text, negative, guidance=profile.stage2.guidance)
@@ -234,6 +242,15 @@ def check_image(image: np.ndarray, profile: Profile) -> None:
     want = (profile.height, profile.width, 3)
     if image.shape != want or image.dtype != np.uint8:
         raise SpecError(f"image: got {image.dtype} {image.shape}, want uint8 {want}; fit it with fit_image first")
+
+
+def check_motion(motion: Tensor, profile: Profile) -> Tensor:
+    """The motion latents in fp32; refuses those that are not the profile's size."""
+    stage = profile.stage1
+    want = (1, stage.dit.out_channels, profile.blocks, stage.latent_height, stage.latent_width)
+    if tuple(motion.shape) != want:
+        raise SpecError(f"motion latents: got {tuple(motion.shape)}, want {want}; make them for this profile")
+    return motion.float()
 
 
 class _Counter:

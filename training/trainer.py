@@ -70,7 +70,7 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 10
     device: str = "cpu"
-    bf16: bool = False  # autocast, on CUDA only; weights, EMA and optimizer stay fp32
+    bf16: bool = False  # autocast; weights, EMA and optimizer stay fp32
     minutes: float | None = None  # stop and save when this much time has passed in this call
     skips: int | None = None  # non-finite steps in a row to pass over; None: 3 under bf16, else 0
 
@@ -83,8 +83,6 @@ class TrainConfig:
                 f"training: got ema {self.ema}, lr {self.lr}, clip {self.clip}, warmup {self.warmup}, "
                 "want 0 <= ema < 1, lr and clip above 0, warmup 0 or more; change them"
             )
-        if self.bf16 and not self.device.startswith("cuda"):
-            raise TrainingError(f"bf16: got device {self.device!r}, want cuda; leave it out on the CPU")
 
     @property
     def allowed_skips(self) -> int:
@@ -171,7 +169,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
             loss, parts = self.task.loss(self.step, seed)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)

@@ -40,6 +40,12 @@ class StageOne:
 @torch.no_grad()
 def transit(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, generator: torch.Generator) -> Tensor:
     """Low-resolution pixels [B, 3, T, h, w] as Stage I would hand them on; a share of the samples only decoded."""
+    return decode_clip(stage1.vae, transit_latents(stage1, clips, config, generator))
+
+
+@torch.no_grad()
+def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, generator: torch.Generator) -> Tensor:
+    """What `transit` decodes: motion latents [B, z, 1+k, h, w], normalised."""
     latents = encode_clip(stage1.vae, clips.low)
     count = latents.shape[0]
     spread = config.highest - config.lowest
@@ -50,7 +56,7 @@ def transit(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, genera
     x = noised(latents, noise, start)
     made = run_few_steps(stage1.dit, condition, text, x, start, config.steps, config.shift)
     taken = (torch.rand(count, generator=generator) < config.probability).to(latents.device)
-    return decode_clip(stage1.vae, torch.where(taken.view(-1, 1, 1, 1, 1), made, latents))  # [B] -> [B, 1, 1, 1, 1]
+    return torch.where(taken.view(-1, 1, 1, 1, 1), made, latents)  # [B] -> [B, 1, 1, 1, 1]
 
 
 @torch.no_grad()

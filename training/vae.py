@@ -36,17 +36,29 @@ class VaeLoss:
 class VaeTask:
     """Trains all of a VAE on the videos of `batch`; the latents are raw until `finished` measures them."""
 
-    def __init__(self, vae: VAE, batch: Batch, weights: VaeLoss | None = None, **settings: Any) -> None:
+    def __init__(
+        self, vae: VAE, batch: Batch, weights: VaeLoss | None = None, *, fuse: bool = False, **settings: Any
+    ) -> None:
+        """`fuse` compiles the step with torch.compile: minutes at the start, a third of the time after."""
         self.vae, self.batch, self.weights = vae, batch, weights or VaeLoss()
+        self._terms = torch.compile(self.terms, dynamic=False) if fuse else self.terms
         self.modules: dict[str, nn.Module] = {"vae": vae}
         self.settings = {"kind": "vae", "vae": asdict(vae.config), "loss": asdict(self.weights), **settings}
 
     def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of one batch, and its terms."""
         video = self.batch(step, seed).to(self.vae.mean.device)
-        mean, logvar = posterior(self.vae, video)
+        config = self.vae.config
+        shape = (len(video), config.latent_channels, 1 + (video.shape[2] - 1) // config.time)
+        cells = (video.shape[3] // config.spatial, video.shape[4] // config.spatial)
         generator = torch.Generator().manual_seed(step_seed(seed, "posterior"))
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)  # on the CPU: one for all devices
+        noise = torch.randn(*shape, *cells, generator=generator).to(video.device)  # on the CPU: one for all devices
+        total, parts = self._terms(video, noise)
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def terms(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss and its terms for video [B, 3, T, H, W] and posterior noise [B, z, T', h, w]."""
+        mean, logvar = posterior(self.vae, video)
         pixels = reconstruct(self.vae, mean + noise * (0.5 * logvar).exp())
         return vae_loss(pixels, video, mean, logvar, self.weights)
 
@@ -96,7 +108,7 @@ def vae_loss(
         "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
     }
     total = sum((getattr(weights, name) * part for name, part in parts.items()), error.new_zeros(()))
-    return total, {name: part.detach() for name, part in parts.items()}
+    return total, parts
 
 
 @torch.no_grad()
