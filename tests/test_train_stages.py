@@ -18,8 +18,8 @@ from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.runtime.backend_eager import open_eager
 from swifti2v.training.flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps
-from swifti2v.training.stage1 import Stage1Config, Stage1Task, first_frame_condition
-from swifti2v.training.stage2 import Stage2Config, Stage2Task, draw_plan
+from swifti2v.training.stage1 import Stage1Config, Stage1Task, first_frame_condition, stage1_batch
+from swifti2v.training.stage2 import Stage2Config, Stage2Task, draw_plan, stage2_batch
 from swifti2v.training.transition import StageOne, TransitionConfig, hybrid_reference, transit
 
 FRAMES = 21
@@ -60,11 +60,23 @@ def stage_one(parts: dict[str, nn.Module]) -> StageOne:
     return StageOne(dit, words, vae)
 
 
+def stage1_task(one: StageOne, **config) -> Stage1Task:
+    return Stage1Task(
+        one.dit, one.words, lambda step, seed: stage1_batch(one.vae, clips(step, seed)), Stage1Config(**config)
+    )
+
+
 def stage2_task(parts: dict[str, nn.Module], **config) -> Stage2Task:
     dit, vae = parts["stage2"], parts["vae2"]
     assert isinstance(dit, DiT)
     assert isinstance(vae, VAE)
-    return Stage2Task(dit, vae, stage_one(parts), clips, Stage2Config(**config))
+    one, settings = stage_one(parts), Stage2Config(**config)
+    return Stage2Task(
+        dit,
+        one.words,
+        lambda step, seed: stage2_batch(one, vae, clips(step, seed), settings.transition, seed),
+        settings,
+    )
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -108,13 +120,13 @@ def test_conditioning_blocks_are_clean_and_at_timestep_zero(parts):
     for step in range(3):
         _, notes = task.loss(step, 7)
         latents, rows, modulation = seen[-1][0], seen[-1][3], seen[-1][1]
-        truth = encode_clip(task.vae, clips(step, 7).high)
+        truth = encode_clip(parts["vae2"], clips(step, 7).high)
         segment = plan_segments(6, 2, 1)[int(notes["segment"])]
         clean = segment.clean
         assert torch.equal(latents[:, :6, :clean], truth[:, :, list(segment.window[:clean])])
         for place, block in enumerate(segment.noisy, clean):
             assert error(latents[:, :6, place], truth[:, :, block]) > 0.1
-        assert (rows[:, :clean] == 0).all(), "row 0 is the smallest timestep"
+        assert (rows[:, :clean] == 0).all(), "row 0 is timestep 0"
         assert (rows[:, clean:] > 0).all()
         zero, _ = task.dit.time_tables(torch.zeros(1))
         assert torch.allclose(modulation[:, 0], zero[:, 0], atol=1e-6)
@@ -159,7 +171,7 @@ def test_the_training_condition_is_the_one_of_inference(tiny: Profile, parts):
 
 def test_stage_one_trains_dit_and_words_and_nothing_else(parts):
     one = stage_one(parts)
-    task = Stage1Task(one.dit, one.words, one.vae, clips, Stage1Config(drop_prompt=0.0))
+    task = stage1_task(one, drop_prompt=0.0)
     loss, _ = task.loss(0, 0)
     loss.backward()
     for name, module in task.modules.items():
@@ -172,7 +184,7 @@ def test_stage_one_trains_dit_and_words_and_nothing_else(parts):
 
 def test_dropped_prompts_are_empty(parts):
     one = stage_one(parts)
-    task = Stage1Task(one.dit, one.words, one.vae, clips, Stage1Config(drop_prompt=1.0))
+    task = stage1_task(one, drop_prompt=1.0)
     seen: list[Tensor] = []
     one.words.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     task.loss(0, 0)

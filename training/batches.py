@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .clips import Clip, ClipConfig, make_clip
-from .flow import ClipBatch
+from .flow import ClipBatch, LatentBatch
 from .trainer import step_seed
 
 Made = TypeVar("Made")
 Photos = Sequence[np.ndarray]
+POOL_AHEAD = 50  # steps for which a pool makes samples before they are asked for
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,49 @@ class Ahead(Generic[Made]):
         after = (step + 1, step_seed(self._run_seed, step + 1))
         self._next = (after, self._pool.submit(self._make, *after))
         return made
+
+
+class Pool:
+    """Samples made once, in order, on a thread, and used `reuse` times on average.
+
+    Step s draws `count` of the first `first + s * count / reuse`: a function of (step, seed), so that a resumed run
+    draws the same, and makes again what it draws. Making a sample costs more than a training step on it.
+    """
+
+    def __init__(self, make: Callable[[int], LatentBatch], count: int, first: int, reuse: float) -> None:
+        self._make, self._count, self._first, self._reuse = make, count, first, reuse
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._made: list[Future[LatentBatch]] = []
+
+    def size(self, step: int) -> int:
+        """How many samples step `step` draws from."""
+        return self._first + int(step * self._count / self._reuse)
+
+    def __call__(self, step: int, seed: int) -> LatentBatch:
+        for index in range(len(self._made), self.size(step + POOL_AHEAD)):
+            self._made.append(self._thread.submit(self._make, index))
+        draws = torch.Generator().manual_seed(step_seed(seed, "pool"))
+        chosen = torch.randint(self.size(step), (self._count,), generator=draws).tolist()
+        samples = [self._made[index].result() for index in chosen]
+        return LatentBatch(
+            torch.cat([sample.latents for sample in samples]),
+            torch.cat([sample.channels for sample in samples]),
+            [prompt for sample in samples for prompt in sample.prompts],
+        )
+
+    def close(self) -> None:
+        """Stop making samples."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def mixed(batches: Sequence[Callable[[int, int], Made]], shares: Sequence[float]) -> Callable[[int, int], Made]:
+    """One of several batch callables at each step, by these shares."""
+
+    def make(step: int, seed: int) -> Made:
+        draws = torch.Generator().manual_seed(step_seed(seed, "mixed"))
+        return batches[int(torch.multinomial(torch.tensor(shares), 1, generator=draws))](step, seed)
+
+    return make
 
 
 def _clips(photos: Photos, config: ClipConfig, crops: Crops, seed: int, device: str) -> list[Clip]:

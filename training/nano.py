@@ -1,38 +1,41 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
-A phase trains in FOLDER/NAME and reads the finished phases before it from FOLDER/NAME of theirs:
+A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
 vae1 and vae2 (independent), then stage1 (needs vae1), then stage2 (needs all).
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
-from .batches import Ahead, Crops, clip_batch, video_batch
+from ..engine.weights import fingerprint, load_dit, load_vae, load_words
+from .batches import Ahead, Crops, Pool, clip_batch, mixed, video_batch
 from .clips import ClipConfig
-from .stage1 import Stage1Config, Stage1Task
-from .stage2 import Stage2Config, Stage2Task
-from .trainer import Task, TrainConfig, load_ema, step_seed
+from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
+from .stage1 import Stage1Config, Stage1Task, stage1_batch
+from .stage2 import Stage2Config, Stage2Task, stage2_batch
+from .trainer import Task, TrainConfig, load_ema, ship, step_seed
 from .transition import StageOne
-from .vae import VaeLoss, VaeTask, finished, new_vae
+from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
 Photos = Sequence[np.ndarray]
 CLIPS = ClipConfig()  # 512x320, 33 frames, low resolution 128x80: the grids of `nano`
-STATISTICS_CLIPS = 48  # over which a finished VAE's latents are measured
+# Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
+LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2)
+STATISTICS_BATCHES = 40  # over which a finished VAE's latents are measured
 
 
 @dataclass(frozen=True)
 class VaePhase:
-    """One VAE; `low` trains it on the low resolution, with crops still given in pixels of the high one."""
+    """One VAE; `low` trains it on the low resolution, with crops given in pixels of `LOW_CLIPS`."""
 
     train: TrainConfig
     crops: Crops
@@ -41,52 +44,128 @@ class VaePhase:
 
 
 @dataclass(frozen=True)
-class Stage1Phase:
-    """Stage I with the word encoder, on whole pictures and on crops (`crops`, in pixels of the high resolution)."""
+class Samples:
+    """A pool of samples cut to one size, and its share of the steps."""
 
-    train: TrainConfig
-    crops: Crops
-    config: Stage1Config = field(default_factory=Stage1Config)
+    crops: Crops  # count: how many a step takes
+    first: int  # how many there are before the first step
+    reuse: float  # how often each is used, on average
+    share: float
 
 
 @dataclass(frozen=True)
-class Stage2Phase:
-    """Stage II on crops."""
+class DitPhase:
+    """One DiT, on samples of several sizes: whole pictures, and crops that cost less."""
 
     train: TrainConfig
-    crops: Crops
-    config: Stage2Config = field(default_factory=Stage2Config)
+    samples: tuple[Samples, ...]
+    config: Stage1Config | Stage2Config
 
 
-Phase = VaePhase | Stage1Phase | Stage2Phase
+Phase = VaePhase | DitPhase
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
-        TrainConfig(3000, 8, lr=1e-3, warmup=100, ema=0.998, save_every=250, bf16=True),
-        Crops(2, 256, 256, frames=9, cuts=4),
+        TrainConfig(1800, 8, lr=1e-3, warmup=100, ema=0.998, save_every=200, bf16=True),
+        Crops(2, 128, 128, frames=9, cuts=4),
         low=True,
     ),
     "vae2": VaePhase(
-        TrainConfig(4000, 8, lr=1e-3, warmup=100, ema=0.998, save_every=250, bf16=True),
-        Crops(4, 64, 64, frames=9, cuts=2),
+        TrainConfig(2500, 8, lr=1e-3, warmup=100, ema=0.998, save_every=200, bf16=True),
+        Crops(2, 64, 64, frames=9, cuts=4),
         low=False,
     ),
-    "stage1": Stage1Phase(
-        TrainConfig(6000, 4, lr=1e-3, warmup=100, ema=0.998, save_every=250, bf16=True),
-        Crops(4, 512, 320),
+    "stage1": DitPhase(
+        TrainConfig(3000, 8, lr=1e-3, warmup=100, ema=0.998, save_every=250, bf16=True),
+        (Samples(Crops(8, 256, 160), 64, 8.0, 0.8), Samples(Crops(16, 128, 96), 64, 8.0, 0.2)),
+        Stage1Config(),
     ),
-    "stage2": Stage2Phase(
+    "stage2": DitPhase(
         TrainConfig(3000, 4, lr=1e-3, warmup=100, ema=0.998, save_every=100, bf16=True),
-        Crops(4, 128, 128),
+        (Samples(Crops(4, 256, 192), 32, 8.0, 0.8), Samples(Crops(1, 512, 320), 4, 8.0, 0.2)),
+        Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
     ),
 }
 
 
-def train_task(name: str, photos: Photos, folder: Path, phase: Phase, *, fuse: bool) -> Task:
-    """The task of a phase on its device, its frozen models read from the phases in `folder`."""
+def train_task(
+    name: str, photos: Photos, models: Path, phase: Phase, *, compiled: bool = False, start: Path | None = None
+) -> Task:
+    """The task of a phase on its device; finished models of the phases before it are read from `models`.
+
+    Weights are new, or those of the folder `start`, which holds finished models too.
+    """
     profile, train = get_profile("nano"), phase.train
+    device, seed = train.device, step_seed(train.seed, name)
+    settings = {"start": None if start is None else fingerprint(start / name)}
     if isinstance(phase, VaePhase):
         stage = profile.stage1 if phase.low else profile.stage2
-        vae = new_vae(stage.vae, step_seed(train.seed, name)).to(train.device)
-        make = video_batch(photos, CLIPS, phase.crops, train.device, low=phase.low)
-        return VaeTask(vae, Ahead(make, train.seed), phase.loss, fuse=fuse, crops=asdict(phase.crops))
-    raise NotImplementedError
+        vae = new_vae(stage.vae, seed) if start is None else raw(load_vae(start / name, dtype=torch.float32))
+        batch = Ahead(_videos(photos, phase, device), train.seed)
+        return VaeTask(
+            vae.requires_grad_(True).to(device), batch, phase.loss, fuse=compiled, crops=asdict(phase.crops), **settings
+        )
+    torch.manual_seed(seed)
+    stage = profile.stage1 if name == "stage1" else profile.stage2
+    dit = DiT(stage.dit) if start is None else load_dit(start / name, dtype=torch.float32).requires_grad_(True)
+    if compiled:
+        fuse(dit)
+    sizes = {"samples": [asdict(item) for item in phase.samples], **settings}
+    if isinstance(phase.config, Stage1Config):
+        vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
+        if start is None:
+            words = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
+        else:
+            words = load_words(start / "text").requires_grad_(True)
+        make = _pools(photos, LOW_CLIPS, phase, lambda clips, _: stage1_batch(vae1, clips))
+        return Stage1Task(dit, words, make, phase.config, **sizes)
+    config = phase.config
+    one = StageOne(
+        load_dit(models / "stage1", dtype=torch.float32, device=device),
+        load_words(models / "text", device=device),
+        load_vae(models / "vae1", dtype=torch.float32, device=device),
+    )
+    vae2 = load_vae(models / "vae2", dtype=torch.float32, device=device)
+    make = _pools(photos, CLIPS, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
+    return Stage2Task(dit, one.words, make, config, **sizes)
+
+
+def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) -> None:
+    """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
+    profile = get_profile("nano")
+    if isinstance(phase, VaePhase):
+        vae = VAE((profile.stage1 if phase.low else profile.stage2).vae)
+        load_ema(folder / name, {"vae": vae})
+        make = _videos(photos, phase, "cpu")
+        videos = (make(i, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
+        ship(finished(vae, videos), models / name)
+        return
+    stage = profile.stage1 if name == "stage1" else profile.stage2
+    modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
+    if name == "stage1":
+        modules["text"] = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
+    load_ema(folder / name, modules)
+    for key, module in modules.items():
+        ship(module, models / key)
+
+
+def _videos(photos: Photos, phase: VaePhase, device: str) -> Callable[[int, int], Tensor]:
+    return video_batch(photos, LOW_CLIPS if phase.low else CLIPS, phase.crops, device, low=phase.low)
+
+
+def _pools(
+    photos: Photos, clips: ClipConfig, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
+) -> Callable[[int, int], LatentBatch]:
+    """Batches from one pool for each size of samples; `learn(clip, seed)` encodes one clip."""
+    train = phase.train
+
+    def pool(item: Samples) -> Pool:
+        one = clip_batch(photos, clips, replace(item.crops, count=1), train.device)
+
+        def make(index: int) -> LatentBatch:
+            seed = step_seed(train.seed, item.crops.width, index)
+            with torch.autocast(torch.device(train.device).type, torch.bfloat16, enabled=train.bf16):
+                return learn(one(index, seed), seed)
+
+        return Pool(make, item.crops.count, item.first, item.reuse)
+
+    return mixed([pool(item) for item in phase.samples], [item.share for item in phase.samples])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..engine.dit import DiT
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
-from .flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,27 @@ def encode_prompts(words: WordEncoder, prompts: list[str], device: torch.device)
     return words(words.tokenize(prompts).to(device))
 
 
+@torch.no_grad()
+def stage1_batch(vae: VAE, clips: ClipBatch) -> LatentBatch:
+    """What Stage I learns from these clips, by its finished VAE."""
+    return LatentBatch(encode_clip(vae, clips.low), first_frame_condition(vae, clips.low), clips.prompts)
+
+
 class Stage1Task:
-    """Trains a DiT with image channels and the word encoder together, on the latents of a finished VAE."""
+    """Trains a DiT with image channels and the word encoder together."""
 
     def __init__(
         self,
         dit: DiT,
         words: WordEncoder,
-        vae: VAE,
-        batch: Callable[[int, int], ClipBatch],
+        batch: Callable[[int, int], LatentBatch],
         config: Stage1Config | None = None,
+        **settings: Any,
     ) -> None:
-        """`batch(step, seed)` gives the clips of a step; equal arguments give equal clips."""
-        self.dit, self.words, self.vae = dit, words, vae.requires_grad_(False).eval()
-        self.batch = batch
+        """`batch(step, seed)` gives the samples of a step; equal arguments give equal ones."""
+        self.dit, self.words, self.batch = dit, words, batch
         self.config = config or Stage1Config()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a resumed run must share."""
-        return {"kind": "stage1", "config": asdict(self.config)}
+        self.settings = {"kind": "stage1", "config": asdict(self.config), **settings}  # what a resumed run must share
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -63,16 +64,14 @@ class Stage1Task:
 
     def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity, over all blocks."""
-        clips = self.batch(step, seed)
+        samples = self.batch(step, seed)
         generator = torch.Generator().manual_seed(seed)
-        latents = encode_clip(self.vae, clips.low)
-        count = latents.shape[0]
+        latents, count = samples.latents, samples.latents.shape[0]
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         sigma = self.config.levels.draw(count, generator)
         kept = torch.rand(count, generator=generator) >= self.config.drop_prompt
-        prompts = [prompt if keep else "" for prompt, keep in zip(clips.prompts, kept.tolist(), strict=True)]
-        condition = first_frame_condition(self.vae, clips.low)
-        x = torch.cat((noised(latents, noise, sigma), condition), dim=1)  # [B, z + 4+z, T, h, w]
+        prompts = [prompt if keep else "" for prompt, keep in zip(samples.prompts, kept.tolist(), strict=True)]
+        x = torch.cat((noised(latents, noise, sigma), samples.channels), dim=1)  # [B, z + 4+z, T, h, w]
         velocity = dit_velocity(self.dit, x, sigma, encode_prompts(self.words, prompts, latents.device))
         loss = F.mse_loss(velocity, noise - latents)
         return loss, {"sigma": sigma.mean().item()}

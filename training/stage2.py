@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.segments import Segment, plan_segments
+from ..engine.text import WordEncoder
 from ..engine.vae import VAE
-from .flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
 from .stage1 import encode_prompts
 from .transition import StageOne, TransitionConfig, hybrid_reference, transit
 
@@ -27,28 +28,28 @@ class Stage2Config:
     own_context: float = 0.25
 
 
+@torch.no_grad()
+def stage2_batch(stage1: StageOne, vae: VAE, clips: ClipBatch, transition: TransitionConfig, seed: int) -> LatentBatch:
+    """What Stage II learns from these clips: references made by stage transition with the finished first stage."""
+    low = transit(stage1, clips, transition, torch.Generator().manual_seed(seed))
+    return LatentBatch(encode_clip(vae, clips.high), hybrid_reference(vae, low, clips.high), clips.prompts)
+
+
 class Stage2Task:
-    """Trains the second DiT; the first stage and both VAEs are finished and stay as they are."""
+    """Trains the second DiT; the word encoder is finished and stays as it is."""
 
     def __init__(
         self,
         dit: DiT,
-        vae: VAE,
-        stage1: StageOne,
-        batch: Callable[[int, int], ClipBatch],
+        words: WordEncoder,
+        batch: Callable[[int, int], LatentBatch],
         config: Stage2Config | None = None,
+        **settings: Any,
     ) -> None:
-        """`batch(step, seed)` gives the clips of a step; equal arguments give equal clips."""
-        self.dit, self.vae, self.stage1 = dit, vae.requires_grad_(False).eval(), stage1
-        for module in (stage1.dit, stage1.words, stage1.vae):
-            module.requires_grad_(False).eval()
-        self.batch = batch
+        """`batch(step, seed)` gives the samples of a step; equal arguments give equal ones."""
+        self.dit, self.words, self.batch = dit, words.requires_grad_(False).eval(), batch
         self.config = config or Stage2Config()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a resumed run must share."""
-        return {"kind": "stage2", "config": asdict(self.config)}
+        self.settings = {"kind": "stage2", "config": asdict(self.config), **settings}  # what a resumed run must share
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -56,12 +57,10 @@ class Stage2Task:
 
     def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity of the noisy blocks of one random window."""
-        clips, config = self.batch(step, seed), self.config
+        samples, config = self.batch(step, seed), self.config
         generator = torch.Generator().manual_seed(seed)
-        low = transit(self.stage1, clips, config.transition, generator)
-        reference = hybrid_reference(self.vae, low, clips.high)
-        latents = encode_clip(self.vae, clips.high)
-        text = encode_prompts(self.stage1.words, list(clips.prompts), latents.device)
+        latents, reference = samples.latents, samples.channels
+        text = encode_prompts(self.words, list(samples.prompts), latents.device)
         segments = draw_plan(latents.shape[2], config, generator)
         segment = segments[int(torch.randint(len(segments), (), generator=generator))]
         context = latents

@@ -138,6 +138,14 @@ def finished(vae: VAE, videos: Iterable[Tensor]) -> VAE:
     return copy.eval().requires_grad_(False)
 
 
+def raw(vae: VAE) -> VAE:
+    """A finished VAE to train on: same weights (copied), no latent statistics in its config."""
+    z = vae.config.latent_channels
+    copy = VAE(replace(vae.config, mean=(0.0,) * z, std=(1.0,) * z))
+    copy.load_state_dict(vae.state_dict())
+    return copy
+
+
 @torch.no_grad()
 def psnr(vae: VAE, videos: Iterable[Tensor]) -> float:
     """PSNR in dB of decoding what was encoded, squared error pooled over all videos [B, 3, 1 + 4k, H, W] in [-1, 1]."""
