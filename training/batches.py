@@ -28,8 +28,6 @@ class Crops:
     count: int
     width: int
     height: int
-    frames: int | None = None  # consecutive ones, from anywhere in the clip; None = the whole clip
-    cuts: int = 1  # how often `frames` are cut out of each clip
 
 
 def clip_batch(photos: Photos, config: ClipConfig, crops: Crops, device: str) -> Callable[[int, int], ClipBatch]:
@@ -47,68 +45,71 @@ def clip_batch(photos: Photos, config: ClipConfig, crops: Crops, device: str) ->
 def video_batch(
     photos: Photos, config: ClipConfig, crops: Crops, device: str, *, low: bool = False
 ) -> Callable[[int, int], Tensor]:
-    """Stretches of `crops.frames` frames, [B * cuts, 3, T, H, W] in [-1, 1]; `low` takes the low-resolution ones."""
-    length = crops.frames or config.frames
+    """Clips [B, 3, T, H, W] in [-1, 1]; `low` takes the low-resolution ones."""
 
     def make(_step: int, seed: int) -> Tensor:
-        draws = torch.Generator().manual_seed(step_seed(seed, "cuts"))
-        stretches = []
-        for clip in _clips(photos, config, crops, seed, device):
-            pixels = _pixels(clip.low if low else clip.frames)
-            for start in torch.randint(config.frames - length + 1, (crops.cuts,), generator=draws).tolist():
-                stretches.append(pixels[:, start : start + length])
-        return torch.stack(stretches)
+        return torch.stack([_pixels(c.low if low else c.frames) for c in _clips(photos, config, crops, seed, device)])
 
     return make
 
 
-class Ahead(Generic[Made]):
-    """A batch callable that makes the next step's batch on a thread while this one is used."""
+@dataclass(frozen=True)
+class Cuts:
+    """Pieces of clips: `count` of them, `side` x `side` pixels of `frames` frames, from anywhere in a clip."""
 
-    def __init__(self, make: Callable[[int, int], Made], run_seed: int) -> None:
-        self._make, self._run_seed = make, run_seed
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[tuple[int, int], Future[Made]] | None = None
+    count: int
+    side: int
+    frames: int
 
-    def __call__(self, step: int, seed: int) -> Made:
-        ready, self._next = self._next, None
-        made = ready[1].result() if ready and ready[0] == (step, seed) else self._make(step, seed)
-        after = (step + 1, step_seed(self._run_seed, step + 1))
-        self._next = (after, self._pool.submit(self._make, *after))
-        return made
+    def take(self, clips: Sequence[Tensor], seed: int) -> Tensor:
+        """One piece of each clip [1, 3, T, H, W] -> [B, 3, frames, side, side]."""
+        draws = torch.Generator().manual_seed(step_seed(seed, "cuts"))
+        pieces = []
+        for clip in clips:
+            length = (self.frames, self.side, self.side)
+            t, y, x = (
+                int(torch.randint(whole - part + 1, (), generator=draws))
+                for whole, part in zip(clip.shape[2:], length, strict=True)
+            )
+            pieces.append(clip[:, :, t : t + self.frames, y : y + self.side, x : x + self.side].float())
+        return torch.cat(pieces)
 
 
-class Pool:
+class Pool(Generic[Made]):
     """Samples made once, in order, on a thread, and used `reuse` times on average.
 
     Step s draws `count` of the first `first + s * count / reuse`: a function of (step, seed), so that a resumed run
     draws the same, and makes again what it draws. Making a sample costs more than a training step on it.
     """
 
-    def __init__(self, make: Callable[[int], LatentBatch], count: int, first: int, reuse: float) -> None:
+    def __init__(self, make: Callable[[int], Made], count: int, first: int, reuse: float) -> None:
         self._make, self._count, self._first, self._reuse = make, count, first, reuse
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._made: list[Future[LatentBatch]] = []
+        self._made: list[Future[Made]] = []
 
     def size(self, step: int) -> int:
         """How many samples step `step` draws from."""
         return self._first + int(step * self._count / self._reuse)
 
-    def __call__(self, step: int, seed: int) -> LatentBatch:
+    def __call__(self, step: int, seed: int) -> list[Made]:
         for index in range(len(self._made), self.size(step + POOL_AHEAD)):
             self._made.append(self._thread.submit(self._make, index))
         draws = torch.Generator().manual_seed(step_seed(seed, "pool"))
         chosen = torch.randint(self.size(step), (self._count,), generator=draws).tolist()
-        samples = [self._made[index].result() for index in chosen]
-        return LatentBatch(
-            torch.cat([sample.latents for sample in samples]),
-            torch.cat([sample.channels for sample in samples]),
-            [prompt for sample in samples for prompt in sample.prompts],
-        )
+        return [self._made[index].result() for index in chosen]
 
     def close(self) -> None:
         """Stop making samples."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def joined(samples: Sequence[LatentBatch]) -> LatentBatch:
+    """Samples of one size as one batch."""
+    return LatentBatch(
+        torch.cat([sample.latents for sample in samples]),
+        torch.cat([sample.channels for sample in samples]),
+        [prompt for sample in samples for prompt in sample.prompts],
+    )
 
 
 def mixed(batches: Sequence[Callable[[int, int], Made]], shares: Sequence[float]) -> Callable[[int, int], Made]:

@@ -7,6 +7,7 @@ vae1 and vae2 (independent), then stage1 (needs vae1), then stage2 (needs all).
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..engine.presets import get_profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Ahead, Crops, Pool, clip_batch, mixed, video_batch
+from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
@@ -34,23 +35,24 @@ STATISTICS_BATCHES = 40  # over which a finished VAE's latents are measured
 
 
 @dataclass(frozen=True)
-class VaePhase:
-    """One VAE; `low` trains it on the low resolution, with crops given in pixels of `LOW_CLIPS`."""
-
-    train: TrainConfig
-    crops: Crops
-    low: bool
-    loss: VaeLoss = field(default_factory=VaeLoss)
-
-
-@dataclass(frozen=True)
 class Samples:
     """A pool of samples cut to one size, and its share of the steps."""
 
     crops: Crops  # count: how many a step takes
     first: int  # how many there are before the first step
     reuse: float  # how often each is used, on average
-    share: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class VaePhase:
+    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`."""
+
+    train: TrainConfig
+    samples: Samples
+    cuts: Cuts  # of the samples
+    low: bool
+    loss: VaeLoss = field(default_factory=VaeLoss)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class DitPhase:
 Phase = VaePhase | DitPhase
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
-        TrainConfig(1800, 8, lr=1e-3, warmup=100, ema=0.998, save_every=200, bf16=True),
-        Crops(2, 128, 128, frames=9, cuts=4),
+        TrainConfig(7000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(4, 256, 160), 64, 12.0),
+        Cuts(4, 64, 9),
         low=True,
     ),
     "vae2": VaePhase(
-        TrainConfig(2500, 8, lr=1e-3, warmup=100, ema=0.998, save_every=200, bf16=True),
-        Crops(2, 64, 64, frames=9, cuts=4),
+        TrainConfig(7000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(4, 128, 128), 64, 12.0),
+        Cuts(4, 64, 9),
         low=False,
     ),
     "stage1": DitPhase(
@@ -96,13 +100,13 @@ def train_task(
     """
     profile, train = get_profile("nano"), phase.train
     device, seed = train.device, step_seed(train.seed, name)
-    settings = {"start": None if start is None else fingerprint(start / name)}
+    settings: dict[str, Any] = {"start": None if start is None else fingerprint(start / name)}
     if isinstance(phase, VaePhase):
         stage = profile.stage1 if phase.low else profile.stage2
         vae = new_vae(stage.vae, seed) if start is None else raw(load_vae(start / name, dtype=torch.float32))
-        batch = Ahead(_videos(photos, phase, device), train.seed)
+        settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         return VaeTask(
-            vae.requires_grad_(True).to(device), batch, phase.loss, fuse=compiled, crops=asdict(phase.crops), **settings
+            vae.requires_grad_(True).to(device), _videos(photos, phase), phase.loss, fuse=compiled, **settings
         )
     torch.manual_seed(seed)
     stage = profile.stage1 if name == "stage1" else profile.stage2
@@ -135,8 +139,9 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
     if isinstance(phase, VaePhase):
         vae = VAE((profile.stage1 if phase.low else profile.stage2).vae)
         load_ema(folder / name, {"vae": vae})
-        make = _videos(photos, phase, "cpu")
-        videos = (make(i, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
+        phase = replace(phase, train=replace(phase.train, device="cpu"))
+        make = _videos(photos, phase)
+        videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
         ship(finished(vae, videos), models / name)
         return
     stage = profile.stage1 if name == "stage1" else profile.stage2
@@ -148,8 +153,13 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
         ship(module, models / key)
 
 
-def _videos(photos: Photos, phase: VaePhase, device: str) -> Callable[[int, int], Tensor]:
-    return video_batch(photos, LOW_CLIPS if phase.low else CLIPS, phase.crops, device, low=phase.low)
+def _videos(photos: Photos, phase: VaePhase) -> Callable[[int, int], Tensor]:
+    """Pieces of a pool of clips."""
+    train, item = phase.train, phase.samples
+    crops = replace(item.crops, count=1)
+    make = video_batch(photos, LOW_CLIPS if phase.low else CLIPS, crops, train.device, low=phase.low)
+    pool = Pool(lambda i: make(i, step_seed(train.seed, "clip", i)).half(), item.crops.count, item.first, item.reuse)
+    return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
 
 
 def _pools(
@@ -158,7 +168,7 @@ def _pools(
     """Batches from one pool for each size of samples; `learn(clip, seed)` encodes one clip."""
     train = phase.train
 
-    def pool(item: Samples) -> Pool:
+    def pool(item: Samples) -> Callable[[int, int], LatentBatch]:
         one = clip_batch(photos, clips, replace(item.crops, count=1), train.device)
 
         def make(index: int) -> LatentBatch:
@@ -166,6 +176,7 @@ def _pools(
             with torch.autocast(torch.device(train.device).type, torch.bfloat16, enabled=train.bf16):
                 return learn(one(index, seed), seed)
 
-        return Pool(make, item.crops.count, item.first, item.reuse)
+        drawn = Pool(make, item.crops.count, item.first, item.reuse)
+        return lambda step, seed: joined(drawn(step, seed))
 
     return mixed([pool(item) for item in phase.samples], [item.share for item in phase.samples])

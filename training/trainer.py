@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -27,9 +27,11 @@ from ..engine.layouts import stays_fp32
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import save_dit, save_vae, save_words
+from .muon import Muon, hidden_weights
 
 CHECKPOINT, LOG, CURVE = "checkpoint.safetensors", "log.jsonl", "loss.png"
-FORMAT = "1"
+FORMAT = "2"
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
 FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips")
 Record = dict[str, Any]
@@ -61,6 +63,7 @@ class TrainConfig:
     steps: int
     batch: int = 1  # clips of a step; read by the task that draws them
     lr: float = 3e-4
+    muon: float = 0.0  # the rate of Muon, for the weights of layers; 0 = AdamW for all
     warmup: int = 100
     weight_decay: float = 0.01  # on matrices and kernels, not on biases and norms
     betas: tuple[float, float] = (0.9, 0.99)
@@ -150,13 +153,7 @@ class _Run:
             module.to(config.device).train()
         self.parameters = _trained(task.modules)
         self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
-        matrices = {name for name, value in self.parameters.items() if sum(n > 1 for n in value.shape) > 1}
-        groups = [
-            {"params": [self.parameters[n] for n in self.parameters if n in matrices]},
-            {"params": [self.parameters[n] for n in self.parameters if n not in matrices], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+        self.optimizers = _optimizers(task.modules, list(self.parameters.values()), config)
         self.step = self.skipped = self.passed = 0  # steps done; how many of them were skipped, and the last in a row
         self.seconds = 0.0  # of training, over all calls
 
@@ -166,9 +163,10 @@ class _Run:
         seed = step_seed(config.seed, self.step)
         torch.manual_seed(seed)
         rate = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate / config.lr
+            optimizer.zero_grad()
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
             loss, parts = self.task.loss(self.step, seed)
         loss.backward()
@@ -176,7 +174,8 @@ class _Run:
         value, length = loss.item(), norm.item()
         finite = math.isfinite(value) and math.isfinite(length)
         if finite:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             decay = ema_decay(config, self.step - self.skipped)
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
@@ -210,8 +209,9 @@ class _Run:
         tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, value in self.parameters.items():
-            for key, state in self.optimizer.state.get(value, {}).items():
-                tensors[f"adam.{key}.{name}"] = state
+            for optimizer in self.optimizers:
+                for key, state in optimizer.state.get(value, {}).items():
+                    tensors[f"state.{key}.{name}"] = state
         state = {"step": self.step, "skipped": self.skipped, "passed": self.passed, "seconds": self.seconds}
         metadata = {"swifti2v_training": FORMAT, "state": json.dumps(state), "config": json.dumps(self.identity())}
         path = self.folder / CHECKPOINT
@@ -239,11 +239,14 @@ class _Run:
                 for name, value in self.parameters.items():
                     value.copy_(tensors[f"model.{name}"])
                     self.ema[name].copy_(tensors[f"ema.{name}"])
-            for name, value in self.parameters.items():
-                if f"adam.step.{name}" in tensors:  # the count stays where the optimizer keeps it, on the CPU
-                    places = {"step": "cpu", "exp_avg": value.device, "exp_avg_sq": value.device}
-                    adam = {key: tensors[f"adam.{key}.{name}"].clone().to(place) for key, place in places.items()}
-                    self.optimizer.state[value] = adam
+            for optimizer in self.optimizers:
+                names = {id(value): name for name, value in self.parameters.items()}
+                for value in (value for group in optimizer.param_groups for value in group["params"]):
+                    keys = [key for key in STATE_KEYS if f"state.{key}.{names[id(value)]}" in tensors]
+                    # AdamW's count of steps stays where the optimizer keeps it, on the CPU.
+                    for key in keys:
+                        saved = tensors[f"state.{key}.{names[id(value)]}"].clone()
+                        optimizer.state[value][key] = saved.to("cpu" if key == "step" else value.device)
             self.step, self.skipped, self.passed = state["step"], state["skipped"], state["passed"]
             self.seconds = state["seconds"]
         log = self.folder / LOG
@@ -337,6 +340,29 @@ def _figures() -> Any:
             "loss curve: got no matplotlib, want it; pip install 'swifti2v[train]' (from a checkout: '.[train]')"
         ) from error
     return Figure
+
+
+def _optimizers(
+    modules: Mapping[str, nn.Module], parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW, without weight decay on biases and norms; with `config.muon`, Muon for the weights of layers before it."""
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.muon:
+        hidden = hidden_weights(modules.values())
+        optimizers.append(Muon(hidden, config.muon))
+        taken = {id(value) for value in hidden}
+        parameters = [value for value in parameters if id(value) not in taken]
+    matrices = [value for value in parameters if sum(n > 1 for n in value.shape) > 1]
+    chosen = {id(value) for value in matrices}
+    others = [value for value in parameters if id(value) not in chosen]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def _check_device(device: str) -> None:
