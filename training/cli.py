@@ -13,16 +13,21 @@ import numpy as np
 import torch
 
 from ..engine.errors import SwiftError
-from ..engine.presets import get_profile
+from ..engine.presets import PROFILES, get_profile
+from ..engine.profile import Profile
+from .adapt import AdaptConfig, adapt_task
 from .dry_run import step_cost
+from .lora import TARGETS, save_lora
 from .nano import PHASES, finish, train_task
 from .photos import SPLITS, load_packed, load_split, pack
-from .trainer import Record, TrainConfig, TrainingError, train
+from .trainer import Record, Task, TrainConfig, TrainingError, load_ema, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0, with 1 for an error, 2 for wrong usage, 130 where it was interrupted."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "threads", None):
+        torch.set_num_threads(options.threads)
     try:
         options.run(options)
     except (SwiftError, OSError) as error:
@@ -47,21 +52,37 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("-o", "--out", type=Path, required=True, help="folder of the training, one subfolder per phase")
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
-    phase.add_argument("--packed", type=Path, help="photographs written by `pack`")
-    phase.add_argument("--device", default="cpu")
-    phase.add_argument("--threads", type=int, help="threads of the training step (default: torch's)")
+    phase.add_argument(
+        "--finish", action="store_true", help="write the weights even where --minutes ended the training"
+    )
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
-    phase.add_argument("--minutes", type=float, help="stop and save after this long; the same command goes on")
-    phase.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of TrainConfig")
-    _photo_options(phase)
+    _run_options(phase)
     phase.set_defaults(run=_nano)
 
-    cost = commands.add_parser("cost", help="memory and operations of one training step, without running it")
-    cost.add_argument("--profile", default="wan-2k")
-    cost.add_argument("--lora", type=int, metavar="RANK", help="of a LoRA (default: all weights)")
-    cost.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    cost.set_defaults(run=_cost)
+    lora = commands.add_parser("lora", help="train a LoRA for one stage of any profile")
+    lora.add_argument("stage", choices=("stage1", "stage2"))
+    lora.add_argument("-o", "--out", type=Path, help="folder of the training; lora.safetensors is written there")
+    lora.add_argument("--profile", default="nano", choices=PROFILES)
+    lora.add_argument("--model-dir", type=Path, help="folder of stage1, stage2, vae1, vae2, text")
+    lora.add_argument("--embeddings", type=Path, help="file with the tensor `prompt`, in place of the text encoder")
+    lora.add_argument("--rank", type=int, default=32)
+    lora.add_argument("--alpha", type=float, default=32.0)
+    lora.add_argument("--targets", default=TARGETS, help="pattern of the layers' names")
+    lora.add_argument("--transition", type=float, metavar="SHARE", help="Stage II: samples that Stage I has a hand in")
+    lora.add_argument("--no-checkpointing", action="store_true", help="keep all activations: more memory, less time")
+    lora.add_argument("--dry-run", action="store_true", help="print memory and operations of a step, and stop")
+    _run_options(lora)
+    lora.set_defaults(run=_lora)
     return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--packed", type=Path, help="photographs written by `pack`")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="threads of the training step (default: torch's)")
+    parser.add_argument("--minutes", type=float, help="stop and save after this long; the same command goes on")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of TrainConfig")
+    _photo_options(parser)
 
 
 def _photo_options(parser: argparse.ArgumentParser) -> None:
@@ -77,26 +98,56 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _nano(options: argparse.Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     name, phase = options.phase, PHASES[options.phase]
-    phase = replace(phase, train=with_changes(phase.train, options.set, device=options.device, minutes=options.minutes))
+    phase = replace(phase, train=_train_config(options, phase.train))
     photos = _photos(options)
     models = options.models or options.out / "models"
     task = train_task(name, photos, models, phase, compiled=options.compile, start=options.start)
+    if _train(task, phase.train, options.out / name) or options.finish:
+        finish(name, photos, options.out, phase, models)
+        print(models / name)
+
+
+def _lora(options: argparse.Namespace) -> None:
+    profile, checkpointing = get_profile(options.profile), not options.no_checkpointing
+    if options.dry_run:
+        _print_cost(profile, options.stage, options.rank, checkpointing)
+        return
+    missing = [name for name in ("out", "model_dir") if getattr(options, name) is None]
+    if missing:
+        raise TrainingError(f"lora: got no {' and no '.join(missing)}, want both to train; pass -o and --model-dir")
+    config = AdaptConfig(
+        _train_config(options, TrainConfig(1000, bf16=options.device != "cpu")), options.rank, options.alpha,
+        options.targets, checkpointing=checkpointing,
+    )  # fmt: skip
+    if options.transition is not None:
+        transition = replace(config.stage2.transition, probability=options.transition)
+        config = replace(config, stage2=replace(config.stage2, transition=transition))
+    photos = _photos(options)
+    task = adapt_task(profile, options.stage, options.model_dir, photos, config, options.embeddings)
+    if _train(task, config.train, options.out):
+        load_ema(options.out, task.modules)
+        print(save_lora(task.lora, options.out / "lora.safetensors"))
+
+
+def _train_config(options: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    return with_changes(config, options.set, device=options.device, minutes=options.minutes)
+
+
+def _train(task: Task, config: TrainConfig, folder: Path) -> bool:
+    """Train with a line for each record; whether it is done."""
     started = time.monotonic()
 
     def show(record: Record) -> None:
         shown = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
-        left = (time.monotonic() - started) / 60
-        print(f"{name} {shown.pop('step')}/{phase.train.steps} {json.dumps(shown)} {left:.1f} min", file=sys.stderr)
+        minutes = (time.monotonic() - started) / 60
+        line = f"{folder.name} {shown.pop('step')}/{config.steps} {json.dumps(shown)} {minutes:.1f} min"
+        print(line, file=sys.stderr, flush=True)
 
-    done = train(task, phase.train, options.out / name, show)
-    if done == phase.train.steps:
-        finish(name, photos, options.out, phase, models)
-        print(models / name)
-    else:
-        print(f"{name}: {done} of {phase.train.steps} steps done; the same command goes on", file=sys.stderr)
+    done = train(task, config, folder, show)
+    if done < config.steps:
+        print(f"{folder}: {done} of {config.steps} steps done; the same command goes on", file=sys.stderr)
+    return done == config.steps
 
 
 def _photos(options: argparse.Namespace) -> list[np.ndarray]:
@@ -130,16 +181,18 @@ def _parse(text: str, hint: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _cost(options: argparse.Namespace) -> None:
-    profile = get_profile(options.profile)
-    stage = profile.stage2
-    window = (1 + profile.neighbours + profile.noisy, stage.latent_height, stage.latent_width)
-    cost = step_cost(stage.dit, window, options.lora, checkpointed=not options.no_checkpointing)
-    what = f"LoRA of rank {options.lora}" if options.lora else "all weights"
-    print(f"{profile.name} Stage II, window of {window[0]} blocks, {cost.tokens:,} tokens, batch 1, {what}")
-    print(f"operations  {cost.tflop:8.1f} TFLOP")
-    for label in ("weights", "trained", "kept", "total"):
-        print(f"{label:<11} {getattr(cost, label):8.1f} GB")
+def _print_cost(profile: Profile, name: str, rank: int, checkpointing: bool) -> None:
+    """A table of what one step of the LoRA, and of all weights, costs."""
+    stage = profile.stage1 if name == "stage1" else profile.stage2
+    blocks = profile.blocks if name == "stage1" else 1 + profile.neighbours + profile.noisy
+    window = (blocks, stage.latent_height, stage.latent_width)
+    costs = [step_cost(stage.dit, window, r, checkpointed=checkpointing) for r in (rank, None)]
+    print(f"{profile.name} {name}, {blocks} latent blocks, {costs[0].tokens:,} tokens, batch 1, bf16")
+    print(f"{'':<22}{f'LoRA rank {rank}':>16}{'all weights':>16}")
+    rows = {"TFLOP a step": "tflop", "GB weights": "weights", "GB trained, fp32": "trained",
+            "GB activations kept": "kept", "GB together": "total"}  # fmt: skip
+    for label, field in rows.items():
+        print(f"{label:<22}" + "".join(f"{getattr(cost, field):>16.1f}" for cost in costs))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,6 +72,13 @@ class Lora(nn.Module):
             found[f"diffusion_model.{name}.lora_down.weight"] = pair.down.weight.detach().cpu()
             found[f"diffusion_model.{name}.alpha"] = torch.tensor(self.alpha)
         return found
+
+
+def save_lora(lora: Lora, path: Path) -> Path:
+    """Write the pairs to a safetensors file, beside it first and then renamed."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.contiguous() for name, tensor in lora.tensors().items()}, part)
+    return part.replace(path)
 
 
 def _add(pair: nn.Module, _: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:

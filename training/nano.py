@@ -67,7 +67,7 @@ class DitPhase:
 Phase = VaePhase | DitPhase
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
-        TrainConfig(7000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        TrainConfig(4500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(4, 256, 160), 64, 12.0),
         Cuts(4, 64, 9),
         low=True,
@@ -79,12 +79,12 @@ PHASES: dict[str, Phase] = {
         low=False,
     ),
     "stage1": DitPhase(
-        TrainConfig(3000, 8, lr=1e-3, warmup=100, ema=0.998, save_every=250, bf16=True),
+        TrainConfig(2000, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(8, 256, 160), 64, 8.0, 0.8), Samples(Crops(16, 128, 96), 64, 8.0, 0.2)),
         Stage1Config(),
     ),
     "stage2": DitPhase(
-        TrainConfig(3000, 4, lr=1e-3, warmup=100, ema=0.998, save_every=100, bf16=True),
+        TrainConfig(1500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(4, 256, 192), 32, 8.0, 0.8), Samples(Crops(1, 512, 320), 4, 8.0, 0.2)),
         Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
     ),

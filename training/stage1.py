@@ -1,6 +1,6 @@
 """Stage I: flow matching on low-resolution latents, conditioned on the first frame and the prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +31,27 @@ def first_frame_condition(vae: VAE, low: Tensor) -> Tensor:
     return torch.cat((mask, latents), dim=1)
 
 
-def encode_prompts(words: WordEncoder, prompts: list[str], device: torch.device) -> Tensor:
+class FixedText(nn.Module):
+    """Ready embeddings [1, L, D] of one prompt, in place of a text encoder that is not at hand."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """One empty row for each prompt: what they say is not read."""
+        return torch.empty(len(prompts), 0, dtype=torch.int64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.rows.expand(len(tokens), -1, -1)
+
+
+TextEncoder = WordEncoder | FixedText
+
+
+def encode_prompts(words: TextEncoder, prompts: list[str], device: torch.device) -> Tensor:
     """Text rows [B, text_len, D]; gradients reach the encoder."""
     return words(words.tokenize(prompts).to(device))
 
@@ -48,7 +68,7 @@ class Stage1Task:
     def __init__(
         self,
         dit: DiT,
-        words: WordEncoder,
+        words: TextEncoder,
         batch: Callable[[int, int], LatentBatch],
         config: Stage1Config | None = None,
         **settings: Any,

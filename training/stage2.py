@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.segments import Segment, plan_segments
-from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
-from .stage1 import encode_prompts
+from .stage1 import TextEncoder, encode_prompts
 from .transition import StageOne, TransitionConfig, hybrid_reference, transit
 
 
@@ -41,7 +40,7 @@ class Stage2Task:
     def __init__(
         self,
         dit: DiT,
-        words: WordEncoder,
+        words: TextEncoder,
         batch: Callable[[int, int], LatentBatch],
         config: Stage2Config | None = None,
         **settings: Any,

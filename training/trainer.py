@@ -33,7 +33,7 @@ CHECKPOINT, LOG, CURVE = "checkpoint.safetensors", "log.jsonl", "loss.png"
 FORMAT = "2"
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
-FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips")
+FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips", "curve")
 Record = dict[str, Any]
 Parts = Mapping[str, float | Tensor]
 
@@ -75,6 +75,7 @@ class TrainConfig:
     device: str = "cpu"
     bf16: bool = False  # autocast; weights, EMA and optimizer stay fp32
     minutes: float | None = None  # stop and save when this much time has passed in this call
+    curve: bool = True  # draw loss.png, which needs matplotlib
     skips: int | None = None  # non-finite steps in a row to pass over; None: 3 under bf16, else 0
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Recor
     finite, with nothing saved after the last save point.
     """
     _check_device(config.device)
-    figures = _figures()
+    figures = _figures() if config.curve else None
     folder.mkdir(parents=True, exist_ok=True)
     devices = [config.device] if config.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
@@ -135,7 +136,8 @@ def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Recor
             late = config.minutes is not None and time.monotonic() - started >= 60 * config.minutes
             if done or late or run.step % config.save_every == 0:
                 run.save()
-                draw_curve(folder, figures)
+                if figures is not None:
+                    draw_curve(folder, figures)
             if late:
                 break
     finish = getattr(task, "finish", None)
@@ -337,7 +339,8 @@ def _figures() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EnvironmentMismatch(
-            "loss curve: got no matplotlib, want it; pip install 'swifti2v[train]' (from a checkout: '.[train]')"
+            "loss curve: got no matplotlib, want it; pip install 'swifti2v[train]' (from a checkout: '.[train]'), "
+            "or train without the curve (--set curve=false)"
         ) from error
     return Figure
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..engine.dit import DiT
 from ..engine.reference import upsample
-from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from .flow import ClipBatch, decode_clip, encode_clip, noised
-from .stage1 import encode_prompts, first_frame_condition, run_few_steps
+from .stage1 import TextEncoder, encode_prompts, first_frame_condition, run_few_steps
+from .trainer import TrainingError
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class TransitionConfig:
 
 @dataclass(frozen=True)
 class StageOne:
-    """The finished first stage that transition runs."""
+    """The finished first stage that transition runs; no DiT where no sample is ever given to it."""
 
-    dit: DiT
-    words: WordEncoder
+    dit: DiT | None
+    words: TextEncoder
     vae: VAE
 
 
@@ -47,6 +47,10 @@ def transit(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, genera
 def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig, generator: torch.Generator) -> Tensor:
     """What `transit` decodes: motion latents [B, z, 1+k, h, w], normalised."""
     latents = encode_clip(stage1.vae, clips.low)
+    if config.probability == 0:
+        return latents
+    if stage1.dit is None:
+        raise TrainingError(f"transition: got no Stage I, want one for probability {config.probability}; pass it, or 0")
     count = latents.shape[0]
     spread = config.highest - config.lowest
     start = config.lowest + spread * torch.rand(count, generator=generator)

@@ -1,0 +1,102 @@
+"""Batches for training: equal arguments give equal samples, pieces lie inside their clips, pools grow as promised."""
+
+import numpy as np
+import pytest
+import torch
+
+from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
+from swifti2v.training.clips import ClipConfig, ClipError
+from swifti2v.training.flow import LatentBatch
+
+CLIPS = ClipConfig(width=192, height=128, frames=9)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    draws = np.random.default_rng(0)
+    return [draws.integers(0, 256, (200, 300, 3), dtype=np.uint8) for _ in range(2)]
+
+
+def test_a_batch_is_a_function_of_its_seed(photos):
+    make = clip_batch(photos, CLIPS, Crops(2, 64, 32), "cpu")
+    batch, again, other = make(0, 5), make(3, 5), make(0, 6)
+    assert batch.high.shape == (2, 3, 9, 32, 64)
+    assert batch.low.shape == (2, 3, 9, 8, 16)
+    assert batch.high.min() >= -1
+    assert batch.high.max() <= 1
+    assert torch.equal(batch.high, again.high)
+    assert list(batch.prompts) == list(again.prompts)
+    assert not torch.equal(batch.high, other.high)
+    assert not torch.equal(batch.high[0], batch.high[1])
+    shrunk = batch.high.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean(dim=(4, 6))  # [.., 32, 64] -> [.., 8, 16]
+    assert (shrunk - batch.low).abs().max() < 1 / 127, "low is the mean of 4x4 pixels of high"
+
+
+def test_videos_are_those_of_the_clips(photos):
+    crops = Crops(2, 64, 32)
+    clips = clip_batch(photos, CLIPS, crops, "cpu")(0, 5)
+    assert torch.equal(video_batch(photos, CLIPS, crops, "cpu")(0, 5), clips.high)
+    assert torch.equal(video_batch(photos, CLIPS, crops, "cpu", low=True)(0, 5), clips.low)
+
+
+def test_a_crop_larger_than_the_picture_is_refused(photos):
+    with pytest.raises((ClipError, RuntimeError)):
+        clip_batch(photos, CLIPS, Crops(1, 256, 32), "cpu")(0, 0)
+
+
+def test_cuts_are_pieces_of_their_clip_from_anywhere():
+    t, y, x = torch.meshgrid(torch.arange(9), torch.arange(16), torch.arange(24), indexing="ij")
+    clip = (t * 10000 + y * 100 + x).float().expand(1, 3, -1, -1, -1)
+    corners = set()
+    for seed in range(200):
+        piece = Cuts(1, 8, 5).take([clip], seed)
+        assert piece.shape == (1, 3, 5, 8, 8)
+        corner = piece[0, 0, 0, 0, 0]
+        assert torch.equal(piece[0, 0] - corner, (t * 10000 + y * 100 + x)[:5, :8, :8].float())
+        corners.add(int(corner))
+    starts = {value // 10000 for value in corners}, {value // 100 % 100 for value in corners}
+    assert starts == (set(range(5)), set(range(9))), "every start is drawn, the last ones too"
+
+
+def test_a_pool_makes_each_sample_once_and_grows():
+    made: list[int] = []
+
+    def make(index: int) -> int:
+        made.append(index)
+        return index
+
+    pool = Pool(make, count=4, first=3, reuse=2.0)
+    steps = [pool(step, step) for step in range(40)]
+    assert all(len(step) == 4 for step in steps)
+    assert all(max(step) < 3 + 2 * index for index, step in enumerate(steps))
+    assert max(max(step) for step in steps) > 60, "late steps use late samples"
+    resumed = Pool(lambda index: index, count=4, first=3, reuse=2.0)
+    assert [resumed(step, step) for step in range(20, 40)] == steps[20:], "a resumed run draws the same"
+    pool.close()
+    resumed.close()
+    assert made == sorted(set(made)), "in order, each once"
+
+
+def test_a_sample_that_fails_fails_the_step():
+    def make(index: int) -> int:
+        raise ValueError(f"sample {index}")
+
+    pool = Pool(make, count=1, first=1, reuse=1.0)
+    with pytest.raises(ValueError, match="sample 0"):
+        pool(0, 0)
+    pool.close()
+
+
+def test_mixed_batches_keep_their_shares():
+    make = mixed([lambda step, seed: "a", lambda step, seed: "b"], [0.75, 0.25])
+    drawn = [make(step, step) for step in range(400)]
+    assert 0.68 < drawn.count("a") / 400 < 0.82
+    assert [make(step, step) for step in range(400)] == drawn
+
+
+def test_joined_samples_keep_their_order():
+    samples = [LatentBatch(torch.full((1, 2, 3, 4, 4), i), torch.full((1, 1, 3, 4, 4), -i), [str(i)]) for i in (1, 2)]
+    batch = joined(samples)
+    assert batch.latents[:, 0, 0, 0, 0].tolist() == [1, 2]
+    assert batch.channels[:, 0, 0, 0, 0].tolist() == [-1, -2]
+    assert list(batch.prompts) == ["1", "2"]

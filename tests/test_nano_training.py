@@ -1,0 +1,145 @@
+"""The trainings of `nano` end to end in a few small steps, by the command that people run, and what they leave."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swifti2v.engine.presets import get_profile
+from swifti2v.engine.weights import load_dit, load_vae
+from swifti2v.runtime.model_paths import ModelPaths, find_models, fit_profile
+from swifti2v.training import nano
+from swifti2v.training.batches import Crops, Cuts
+from swifti2v.training.cli import main, with_changes
+from swifti2v.training.trainer import TrainConfig, TrainingError, read_log
+
+QUICK = ["--set", "steps=2", "--set", "log_every=1", "--set", "warmup=1", "--threads", "1", "--allow-missing"]
+
+
+@pytest.fixture(scope="module")
+def small_phases() -> Iterator[None]:
+    """The same phases on small samples, so that a step takes a second."""
+    phases = dict(nano.PHASES)
+    for name, phase in phases.items():
+        one = replace(phase.train, batch=1)
+        if isinstance(phase, nano.VaePhase):
+            samples = nano.Samples(Crops(1, 64, 32), 1, 1.0)
+            nano.PHASES[name] = replace(phase, train=one, samples=samples, cuts=Cuts(1, 16, 5))
+        else:
+            width, height = (64, 32) if name == "stage1" else (128, 64)
+            nano.PHASES[name] = replace(phase, train=one, samples=(nano.Samples(Crops(1, width, height), 1, 1.0),))
+    yield
+    nano.PHASES.update(phases)
+
+
+@pytest.fixture(scope="module")
+def trained(small_phases, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nano")
+    for name in nano.PHASES:
+        main(["nano", name, "-o", str(out), *QUICK])
+    return out
+
+
+def test_every_phase_leaves_models_that_the_engine_reads(trained: Path):
+    profile = get_profile("nano")
+    paths = find_models(profile, trained / "models")
+    assert fit_profile(profile, paths).stage2.dit == profile.stage2.dit
+    assert set(ModelPaths().given) == set()
+    assert {path.name for path in (trained / "models").iterdir()} == {"stage1", "stage2", "vae1", "vae2", "text"}
+    for name in nano.PHASES:
+        records = read_log(trained / name)
+        assert [record["step"] for record in records] == [1, 2]
+        assert (trained / name / "loss.png").stat().st_size > 1000
+
+
+def test_the_shipped_files_stay_small(trained: Path):
+    sizes = [path.stat().st_size for path in (trained / "models").rglob("*.safetensors")]
+    assert max(sizes) < 16e6
+    assert sum(sizes) < 40e6
+
+
+def test_finished_vaes_have_latent_statistics(trained: Path):
+    config = json.loads((trained / "models" / "vae1" / "config.json").read_text())
+    assert any(value != 0 for value in config["latents_mean"])
+    assert all(value > 0 for value in config["latents_std"])
+
+
+def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
+    """At a rate of almost nothing, what comes out is what went in, up to the rounding to bf16."""
+    start = trained / "models"
+    shutil.copytree(start, tmp_path / "models")
+    for name in ("vae2", "stage1", "stage2"):
+        main(["nano", name, "-o", str(tmp_path), "--start", str(start), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])
+        load = load_vae if name == "vae2" else load_dit
+        before, after = (load(folder / name, dtype=torch.float32) for folder in (start, tmp_path / "models"))
+        for a, b in zip(before.parameters(), after.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-2, atol=1e-6)
+    with pytest.raises(SystemExit):  # started from other weights, it is another run
+        main(["nano", "vae2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])
+
+
+def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_path: Path, capsys):
+    arguments = ["nano", "vae1", "-o", str(tmp_path), *QUICK]
+    main([*arguments, "--minutes", "0"])
+    assert "1 of 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+    main(arguments)
+    assert (tmp_path / "models" / "vae1" / "config.json").exists()
+    late = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
+    main(late)
+    assert (tmp_path / "models" / "vae2" / "config.json").exists()
+    assert not (tmp_path / "vae2" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("change", ["stps=3", "steps=many", "bf16=yes", "steps"])
+def test_wrong_settings_are_refused(change: str):
+    with pytest.raises(TrainingError, match="--set"):
+        with_changes(TrainConfig(steps=1), [change])
+
+
+def test_settings_have_their_types():
+    config = with_changes(TrainConfig(steps=1), ["steps=7", "lr=1e-2", "bf16=true", "betas=[0.8, 0.9]", "minutes=2"])
+    assert (config.steps, config.lr, config.bf16, config.betas, config.minutes) == (7, 1e-2, True, (0.8, 0.9), 2)
+
+
+def test_the_cost_of_a_step_at_real_size(capsys):
+    main(["lora", "stage2", "--profile", "nano", "--rank", "4", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "LoRA rank 4" in out
+    assert "TFLOP" in out
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_lora_by_command_merges_into_the_model(stage: str, save_models, tmp_path: Path, capsys):
+    models = save_models(get_profile("tiny"), tmp_path / "models")
+    arguments = ["lora", stage, "--profile", "tiny", "--model-dir", str(models), "-o", str(tmp_path / "out")]
+    main([*arguments, "--rank", "2", "--alpha", "4", *QUICK, "--set", "lr=0.05"])
+    file = Path(capsys.readouterr().out.strip())
+    assert file.name == "lora.safetensors"
+    base, merged = load_dit(models / stage), load_dit(models / stage, loras=[(file, 1.0)])
+    moved = [n for n, p in base.named_parameters() if not torch.equal(p, merged.get_parameter(n))]
+    assert moved
+    assert all("attn" in name or "ffn" in name for name in moved)
+
+
+def test_a_lora_learns_from_ready_embeddings_and_without_stage_one(save_models, tmp_path: Path):
+    models = save_models(get_profile("tiny"), tmp_path / "models")
+    shutil.rmtree(models / "stage1")
+    shutil.rmtree(models / "text")
+    save_file({"prompt": torch.randn(1, 8, 16)}, tmp_path / "rows.safetensors")
+    rows = ["--embeddings", str(tmp_path / "rows.safetensors"), "--transition", "0"]
+    arguments = ["lora", "stage2", "--profile", "tiny", "--model-dir", str(models), "-o", str(tmp_path / "out"), *rows]
+    main([*arguments, "--rank", "2", *QUICK])
+    assert (tmp_path / "out" / "lora.safetensors").exists()
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["nano", "stage1", "-o", str(tmp_path), *QUICK])
+    assert stopped.value.code == 1
+    assert "vae1" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""LoRA training of either stage of any profile on clips drawn over photographs: how a Wan-sized model is adapted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..engine.errors import WeightsError
+from ..engine.profile import Profile
+from ..engine.weights import load_dit, load_vae, load_words
+from .batches import Crops, Pool, clip_batch, joined
+from .clips import ClipConfig
+from .flow import ClipBatch, LatentBatch
+from .lora import TARGETS, Lora, checkpoint_blocks
+from .stage1 import FixedText, Stage1Config, Stage1Task, TextEncoder, stage1_batch
+from .stage2 import Stage2Config, Stage2Task, stage2_batch
+from .trainer import TrainConfig, TrainingError, step_seed
+from .transition import StageOne
+
+Stage = Literal["stage1", "stage2"]
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """A LoRA and what it is trained on; samples are whole pictures unless `crops` says otherwise."""
+
+    train: TrainConfig
+    rank: int = 32
+    alpha: float = 32.0
+    targets: str = TARGETS
+    crops: Crops | None = None
+    first: int = 4  # samples before the first step
+    reuse: float = 8.0
+    checkpointing: bool = True
+    stage1: Stage1Config = field(default_factory=lambda: Stage1Config(drop_prompt=0.0))
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+
+
+class LoraTask:
+    """A stage's task with its DiT frozen: only the pairs beside it learn."""
+
+    def __init__(self, task: Stage1Task | Stage2Task, config: AdaptConfig) -> None:
+        self.task = task
+        self.lora = Lora(task.dit, config.rank, config.alpha, config.targets).to(config.train.device)
+        self.modules: dict[str, nn.Module] = {"lora": self.lora}
+        lora = {"rank": config.rank, "alpha": config.alpha, "targets": config.targets}
+        self.settings = {**task.settings, "lora": lora}
+        if config.checkpointing:
+            checkpoint_blocks(task.dit)
+
+    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """The stage's own loss."""
+        return self.task.loss(step, seed)
+
+
+def adapt_task(
+    profile: Profile, stage: Stage, models: Path, photos: Sequence[np.ndarray], config: AdaptConfig,
+    embeddings: Path | None = None,
+) -> LoraTask:  # fmt: skip
+    """The task of a LoRA for `stage`, on the models in the folder `models`.
+
+    The text encoder is models/text, or the tensor `prompt` of the file `embeddings` for every clip. Stage II needs
+    Stage I only where its transition has a probability. WeightsError for a Stage I that reads CLIP image tokens.
+    """
+    train, dtype = config.train, torch.bfloat16 if config.train.bf16 else torch.float32
+    here: dict[str, Any] = {"dtype": dtype, "device": train.device}
+    text = _text(models, embeddings, train.device)
+    big, small = profile.stage2, profile.stage1
+    clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
+    crops = config.crops or Crops(train.batch, big.width, big.height)
+    vae1 = load_vae(models / "vae1", **here)
+    torch.manual_seed(step_seed(train.seed, "lora"))
+    settings = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
+    if stage == "stage1":
+        dit = load_dit(models / "stage1", **here)
+        if dit.config.image_dim:
+            raise WeightsError(
+                "stage1: got a DiT that reads CLIP image tokens, want one without, such as Wan2.2-I2V-A14B's; pass that"
+            )
+        batch = _batch(photos, clips, crops, config, lambda clip, _: stage1_batch(vae1, clip))
+        return LoraTask(Stage1Task(dit, text, batch, config.stage1, **settings), config)
+    transition = config.stage2.transition
+    one = StageOne(load_dit(models / "stage1", **here) if transition.probability else None, text, vae1)
+    vae2 = load_vae(models / "vae2", **here)
+    dit = load_dit(models / "stage2", in_channels=big.dit.in_channels, **here)
+    batch = _batch(photos, clips, crops, config, lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed))
+    return LoraTask(Stage2Task(dit, text, batch, config.stage2, **settings), config)
+
+
+def _text(models: Path, embeddings: Path | None, device: str) -> TextEncoder:
+    if embeddings is None:
+        return load_words(models / "text", device=device)
+    tensors = load_file(embeddings)
+    if "prompt" not in tensors:
+        raise TrainingError(f"{embeddings}: got {sorted(tensors)}, want a tensor `prompt`; see the README")
+    return FixedText(tensors["prompt"].float()).to(device)
+
+
+def _batch(
+    photos: Sequence[np.ndarray],
+    clips: ClipConfig,
+    crops: Crops,
+    config: AdaptConfig,
+    learn: Callable[[ClipBatch, int], LatentBatch],
+) -> Callable[[int, int], LatentBatch]:
+    one, train = clip_batch(photos, clips, replace(crops, count=1), config.train.device), config.train
+
+    def make(index: int) -> LatentBatch:
+        seed = step_seed(train.seed, "sample", index)
+        with torch.autocast(torch.device(train.device).type, torch.bfloat16, enabled=train.bf16):
+            return learn(one(index, seed), seed)
+
+    pool = Pool(make, crops.count, config.first, config.reuse)
+    return lambda step, seed: joined(pool(step, seed))
