@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 CODE := __init__.py kernels engine runtime training benchmarks tests examples docs
 export PYTHONSAFEPATH = 1
 
-.PHONY: setup setup-dev demo test test-all test-gpu lint fmt type docs clean
+.PHONY: setup setup-dev demo train-nano test test-all test-gpu lint fmt type docs clean
 
 setup: .venv/core
 setup-dev: .venv/dev
@@ -25,6 +25,17 @@ demo: setup
 	mkdir -p build
 	$(BIN)/swifti2v generate examples/photo.jpg -o build/demo.mp4 --profile nano \
 	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
+
+# PHOTOS names the folder of the pictures of Debian's budgie-backgrounds 3.0; the others come with Python packages.
+# Each phase goes on where it stopped. Pass TRAIN_FLAGS="--device cuda" on a GPU.
+PHOTOS ?= build/photos
+TRAIN_FLAGS ?= --threads 1 --compile
+train-nano: setup-dev
+	for phase in vae1 vae2 stage1 stage2; do \
+	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
+	done
+	mkdir -p weights/nano
+	cp -r build/nano/models/. weights/nano/
 
 test: setup-dev lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"

@@ -85,7 +85,7 @@ def _nano() -> Profile:
         frames=33,
         fps=8,
         stage1=StageConfig(128, 80, _small_dit(256, 5, 4, (36, 16), text), _nano_vae()),
-        stage2=StageConfig(512, 320, _small_dit(256, 5, 4, (32, 16), text), _nano_vae()),
+        stage2=StageConfig(512, 320, _small_dit(256, 5, 4, (32, 16), text), _nano_vae(), shift=3.0),
         text=TextConfig("words", 4096),
     )
 

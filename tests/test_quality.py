@@ -107,6 +107,12 @@ def test_the_case_counts_its_work_and_measures_every_metric(loaded: Loaded):
     assert not any(result.verdict for result in report.footage)
     assert sum(sum(row.values()) for row in report.details["control_seen_as"].values()) == 3
     assert not report.ablations
+    (drawn, film) = report.details["truth_clips"]
+    assert (drawn["name"], film["name"], film["prompt"]) == ("photo 1, clip 1", "film.mp4", "")
+    gain = report.results[0].estimate.value
+    assert drawn["stage2_psnr_db"] - drawn["bicubic_psnr_db"] == pytest.approx(gain)
+    assert [t for t, _ in report.panels[0].columns["truth"]] == [0, 8, 16]
+    assert [t for t, _ in report.panels[0].columns["input"]] == [0, 0, 0]
 
 
 def test_variants_are_what_the_profile_allows(short: Profile, tiny: Profile):

@@ -13,6 +13,7 @@ BENCH = [sys.executable, "-c", "from swifti2v.benchmarks.cli import main; main()
 TINY = ["--profile", "tiny", "--dtype", "fp32", "--allow-missing"]
 KEYS = {
     "psnr_gain_db", "psnr_db", "bicubic_psnr_db", "true_low_psnr_db", "vae_psnr_db", "vae1_psnr_db", "ssim",
+    "transition_psnr_db",
     "bicubic_ssim", "sharpness_over_bicubic", "sharpness_over_truth", "flicker", "dynamic_degree",
     "dynamic_degree_truth", "seam_ratio", "seam_ratio_stage1", "first_frame_psnr_db", "first_step_ratio",
     "colour_drift_levels", "colour_drift_stage1_levels", "dynamic_degree_moving", "dynamic_degree_static",

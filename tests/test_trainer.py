@@ -136,7 +136,7 @@ class Line:
             self.layer.bias.fill_(2.0)
         self.modules: dict[str, nn.Module] = {"layer": self.layer, "frozen": self.frozen}
 
-    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
+    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
         return 3 * self.layer.weight.sum() + self.layer.bias.sum(), {}
 
 

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
     phase.add_argument(
-        "--finish", action="store_true", help="write the weights even where --minutes ended the training"
+        "--finish", action="store_true", help="write the weights even where --minutes ended it"
     )
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
     _run_options(phase)
