@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from swifti2v.training.checkpoint import load_ema
 from swifti2v.training.muon import Muon, hidden_weights, orthogonal
-from swifti2v.training.trainer import TrainConfig, load_ema, train
+from swifti2v.training.trainer import TrainConfig, train
 
 
 def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values():

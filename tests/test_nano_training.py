@@ -16,7 +16,8 @@ from swifti2v.runtime.model_paths import ModelPaths, find_models, fit_profile
 from swifti2v.training import nano
 from swifti2v.training.batches import Crops, Cuts
 from swifti2v.training.cli import main, with_changes
-from swifti2v.training.trainer import TrainConfig, TrainingError, read_log
+from swifti2v.training.log import TrainingError, read_log
+from swifti2v.training.trainer import TrainConfig
 
 QUICK = ["--set", "steps=2", "--set", "log_every=1", "--set", "warmup=1", "--threads", "1", "--allow-missing"]
 

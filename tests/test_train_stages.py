@@ -61,6 +61,7 @@ def stage_one(parts: dict[str, nn.Module]) -> StageOne:
 
 
 def stage1_task(one: StageOne, **config) -> Stage1Task:
+    assert one.dit is not None
     return Stage1Task(
         one.dit, one.words, lambda step, seed: stage1_batch(one.vae, clips(step, seed)), Stage1Config(**config)
     )

@@ -13,7 +13,9 @@ from swifti2v.engine.presets import get_profile
 from swifti2v.engine.profile import VAEConfig
 from swifti2v.engine.vae import VAE
 from swifti2v.engine.weights import load_vae
-from swifti2v.training.trainer import TrainConfig, TrainingError, load_ema, read_log, ship, step_seed, train
+from swifti2v.training.checkpoint import load_ema
+from swifti2v.training.log import TrainingError, read_log
+from swifti2v.training.trainer import TrainConfig, ship, step_seed, train
 from swifti2v.training.vae import (
     VaeLoss,
     VaeTask,

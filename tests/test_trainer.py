@@ -18,20 +18,9 @@ from swifti2v.engine.dit import DiT
 from swifti2v.engine.errors import Cancelled, EnvironmentMismatch, NumericsError, SwiftError
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.weights import load_dit, load_words
-from swifti2v.training.trainer import (
-    CHECKPOINT,
-    CURVE,
-    LOG,
-    TrainConfig,
-    TrainingError,
-    ema_decay,
-    learning_rate,
-    load_ema,
-    read_log,
-    ship,
-    step_seed,
-    train,
-)
+from swifti2v.training.checkpoint import CHECKPOINT, load_ema
+from swifti2v.training.log import CURVE, LOG, TrainingError, read_log
+from swifti2v.training.trainer import TrainConfig, ema_decay, learning_rate, ship, step_seed, train
 
 CONFIG = TrainConfig(steps=20, lr=3e-3, warmup=4, save_every=10, log_every=1, ema=0.9)
 

@@ -16,10 +16,11 @@ from ..engine.weights import load_dit, load_vae, load_words
 from .batches import Crops, Pool, clip_batch, joined
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch
+from .log import TrainingError
 from .lora import TARGETS, Lora, checkpoint_blocks
 from .stage1 import FixedText, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import TrainConfig, TrainingError, step_seed
+from .trainer import TrainConfig, step_seed
 from .transition import StageOne
 
 Stage = Literal["stage1", "stage2"]

@@ -16,11 +16,13 @@ from ..engine.errors import SwiftError
 from ..engine.presets import PROFILES, get_profile
 from ..engine.profile import Profile
 from .adapt import AdaptConfig, adapt_task
+from .checkpoint import load_ema
 from .dry_run import step_cost
+from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
 from .nano import PHASES, finish, train_task
 from .photos import SPLITS, load_packed, load_split, pack
-from .trainer import Record, Task, TrainConfig, TrainingError, load_ema, train
+from .trainer import Task, TrainConfig, train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("-o", "--out", type=Path, required=True, help="folder of the training, one subfolder per phase")
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
-    phase.add_argument(
-        "--finish", action="store_true", help="write the weights even where --minutes ended it"
-    )
+    phase.add_argument("--finish", action="store_true", help="write the weights even where --minutes ended it")
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
     _run_options(phase)
     phase.set_defaults(run=_nano)

@@ -19,11 +19,12 @@ from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
 from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
+from .checkpoint import load_ema
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import Task, TrainConfig, load_ema, ship, step_seed
+from .trainer import Task, TrainConfig, ship, step_seed
 from .transition import StageOne
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 

@@ -12,34 +12,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.dit import DiT
-from ..engine.errors import EnvironmentMismatch, NumericsError, SwiftError
+from ..engine.errors import EnvironmentMismatch, NumericsError
 from ..engine.layouts import stays_fp32
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import save_dit, save_vae, save_words
+from .checkpoint import CHECKPOINT, FORMAT, check_identity, check_shapes, read_checkpoint
+from .log import LOG, Record, TrainingError, curve_figures, draw_curve, read_log
 from .muon import Muon, hidden_weights
 
-CHECKPOINT, LOG, CURVE = "checkpoint.safetensors", "log.jsonl", "loss.png"
-FORMAT = "2"
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
 FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips", "curve")
-Record = dict[str, Any]
 Parts = Mapping[str, float | Tensor]
-
-
-class TrainingError(SwiftError):
-    """A training that cannot start or go on as asked."""
 
 
 class Task(Protocol):
@@ -121,7 +115,7 @@ def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Recor
     finite, with nothing saved after the last save point.
     """
     _check_device(config.device)
-    figures = _figures() if config.curve else None
+    figures = curve_figures() if config.curve else None
     folder.mkdir(parents=True, exist_ok=True)
     devices = [config.device] if config.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
@@ -232,11 +226,11 @@ class _Run:
         """Go on from the folder's checkpoint, if there is one, and cut the log to it."""
         path = self.folder / CHECKPOINT
         if path.is_file():
-            tensors, metadata = _read(path)
+            tensors, metadata = read_checkpoint(path)
             state = json.loads(metadata["state"])
-            _check_identity(path, json.loads(metadata["config"]), self.identity())
+            check_identity(path, json.loads(metadata["config"]), self.identity())
             want = {f"model.{name}": tuple(value.shape) for name, value in self.parameters.items()}
-            _check_shapes(path, {n: tuple(t.shape) for n, t in tensors.items() if n.startswith("model.")}, want)
+            check_shapes(path, {n: tuple(t.shape) for n, t in tensors.items() if n.startswith("model.")}, want)
             with torch.no_grad():
                 for name, value in self.parameters.items():
                     value.copy_(tensors[f"model.{name}"])
@@ -258,25 +252,6 @@ class _Run:
         part.replace(log)
 
 
-def load_ema(folder: Path, modules: Mapping[str, nn.Module]) -> int:
-    """Put the averaged weights of a training folder into its modules; returns the step they are of.
-
-    `modules` are named as in the task. Parameters that were not trained keep their values; TrainingError where the
-    checkpoint holds a tensor that the modules lack or that has another shape.
-    """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise TrainingError(f"{path}: got no such file, want a training's checkpoint; train first")
-    tensors, metadata = _read(path, prefix="ema.")
-    own = {f"ema.{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
-    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _check_shapes(path, have, {name: tuple(own[name].shape) for name in own if name in have})
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-    return int(json.loads(metadata["state"])["step"])
-
-
 def ship(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a trained VAE, DiT or word encoder in `dtype` with its config.json; what Wan keeps in fp32 stays fp32."""
     copy = deepcopy(module)
@@ -292,57 +267,8 @@ def ship(module: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     raise TrainingError(f"model: got {type(module).__name__}, want a VAE, DiT or WordEncoder; pass one of them")
 
 
-def read_log(folder: Path) -> list[Record]:
-    """The records of a training folder; a last line that a crash cut short is left out."""
-    path = folder / LOG
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = []
-    for index, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if index + 1 == len(lines):
-                break
-            raise TrainingError(
-                f"{path}: got a line {index + 1} that is not JSON, want one record a line; repair or delete the file"
-            ) from error
-    return records
-
-
-def draw_curve(folder: Path, figures: Any = None) -> Path:
-    """Draw loss.png from the log: every logged loss, and their running mean, on a log scale."""
-    figures = figures or _figures()
-    points = [(r["step"], r["loss"]) for r in read_log(folder) if r["loss"] is not None and r["loss"] > 0]
-    figure = figures(figsize=(8, 4.5), dpi=100, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    if points:
-        steps, losses = zip(*points, strict=True)
-        window, sums = max(5, len(losses) // 20), [0.0, *accumulate(losses)]
-        means = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-        axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
-        axes.plot(steps, means, color="tab:blue", linewidth=1.8, label=f"mean of {window}")
-        axes.set_title(f"step {steps[-1]}: {means[-1]:.4g}")
-        axes.legend()
-    axes.grid(True, which="both", alpha=0.3)
-    part = folder / (CURVE + ".part")
-    figure.savefig(part, format="png")
-    return part.replace(folder / CURVE)
-
-
 def _number(value: float | Tensor) -> float:
     return value.item() if isinstance(value, Tensor) else float(value)
-
-
-def _figures() -> Any:
-    """matplotlib's figure class, whose default canvas is Agg."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EnvironmentMismatch(
-            "loss curve: got no matplotlib, want it; pip install 'swifti2v[train]' (from a checkout: '.[train]'), "
-            "or train without the curve (--set curve=false)"
-        ) from error
-    return Figure
 
 
 def _optimizers(
@@ -387,37 +313,3 @@ def _trained(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
             "load in fp32 and call requires_grad_(True)"
         )
     return found
-
-
-def _read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: got an unreadable file ({error}), want a checkpoint; delete it") from error
-    if metadata.get("swifti2v_training") != FORMAT:
-        raise TrainingError(
-            f"{path}: got format {metadata.get('swifti2v_training')}, want {FORMAT}; train in another folder"
-        )
-    return tensors, metadata
-
-
-def _check_identity(path: Path, have: Record, want: Record) -> None:
-    """Refuse to resume a run with other settings; more steps than it had are fine."""
-    names = [*want, *(name for name in have if name not in want)]
-    differ = [n for n in names if have.get(n) != want.get(n) and not (n == "steps" and want[n] > have[n])]
-    if differ:
-        got = ", ".join(f"{name} {have.get(name)!r}" for name in differ[:5])
-        wish = ", ".join(f"{name} {want.get(name)!r}" for name in differ[:5])
-        raise TrainingError(f"{path}: got a run with {got}, want {wish}; keep the settings or train in another folder")
-
-
-def _check_shapes(path: Path, have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = sorted(name for name in {*have, *want} if have.get(name) != want.get(name))
-    if wrong:
-        name = wrong[0]
-        raise TrainingError(
-            f"{path}: got {name} {have.get(name)} and {len(wrong) - 1} more that differ, want {want.get(name)}; "
-            "use the modules it was trained with"
-        )

@@ -13,8 +13,8 @@ from ..engine.dit import DiT
 from ..engine.reference import upsample
 from ..engine.vae import VAE
 from .flow import ClipBatch, decode_clip, encode_clip, noised
+from .log import TrainingError
 from .stage1 import TextEncoder, encode_prompts, first_frame_condition, run_few_steps
-from .trainer import TrainingError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ..engine.errors import SpecError
 from ..engine.profile import VAEConfig
 from ..engine.vae import VAE
 from ..engine.vae_layers import Tape
-from .trainer import TrainingError, step_seed
+from .log import TrainingError
+from .trainer import step_seed
 
 LOGVAR = (-20.0, 10.0)  # bounds of the log-variance
 Batch = Callable[[int, int], Tensor]  # (step, seed) -> video [B, 3, T, H, W] in [-1, 1]
