@@ -81,12 +81,12 @@ PHASES: dict[str, Phase] = {
     ),
     "stage1": DitPhase(
         TrainConfig(2000, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(8, 256, 160), 64, 8.0, 0.8), Samples(Crops(16, 128, 96), 64, 8.0, 0.2)),
+        (Samples(Crops(8, 256, 160), 48, 8.0, 0.75), Samples(Crops(8, 192, 128), 16, 8.0, 0.25)),
         Stage1Config(),
     ),
     "stage2": DitPhase(
-        TrainConfig(1500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(4, 256, 192), 32, 8.0, 0.8), Samples(Crops(1, 512, 320), 4, 8.0, 0.2)),
+        TrainConfig(1500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
+        (Samples(Crops(2, 384, 256), 24, 6.0),),
         Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
     ),
 }
