@@ -31,11 +31,11 @@ demo: setup
 PHOTOS ?= build/photos
 TRAIN_FLAGS ?= --threads 1 --compile
 train-nano: setup-dev
-	for phase in vae1 vae2 stage1 stage2; do \
+	for phase in vae1-short vae1 vae2-short vae2 stage1 stage2; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
 	mkdir -p weights/nano
-	cp -r build/nano/models/. weights/nano/
+	for part in vae1 vae2 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
 
 test: setup-dev lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"

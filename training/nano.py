@@ -1,7 +1,7 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 and vae2 (independent), then stage1 (needs vae1), then stage2 (needs all).
+vae1 and vae2 (each after its own -short), then stage1 (needs vae1), then stage2 (needs all).
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +53,7 @@ class VaePhase:
     samples: Samples
     cuts: Cuts  # of the samples
     low: bool
+    after: str | None = None  # the phase whose finished weights it begins with
     loss: VaeLoss = field(default_factory=VaeLoss)
 
 
@@ -67,17 +68,32 @@ class DitPhase:
 
 Phase = VaePhase | DitPhase
 PHASES: dict[str, Phase] = {
-    "vae1": VaePhase(
-        TrainConfig(4500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+    # Short pieces teach the picture in a third of the time; what follows a long past is learned from whole clips.
+    "vae1-short": VaePhase(
+        TrainConfig(1500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(4, 256, 160), 64, 12.0),
         Cuts(4, 64, 9),
         low=True,
     ),
-    "vae2": VaePhase(
-        TrainConfig(7000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+    "vae2-short": VaePhase(
+        TrainConfig(2000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(4, 128, 128), 64, 12.0),
         Cuts(4, 64, 9),
         low=False,
+    ),
+    "vae1": VaePhase(
+        TrainConfig(2500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(2, 256, 160), 64, 12.0),
+        Cuts(2, 48, 33),
+        low=True,
+        after="vae1-short",
+    ),
+    "vae2": VaePhase(
+        TrainConfig(4000, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(2, 128, 128), 64, 12.0),
+        Cuts(2, 48, 33),
+        low=False,
+        after="vae2-short",
     ),
     "stage1": DitPhase(
         TrainConfig(2000, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
@@ -101,17 +117,20 @@ def train_task(
     """
     profile, train = get_profile("nano"), phase.train
     device, seed = train.device, step_seed(train.seed, name)
-    settings: dict[str, Any] = {"start": None if start is None else fingerprint(start / name)}
+    begin = None if start is None else start / name
+    if isinstance(phase, VaePhase) and phase.after is not None and begin is None:
+        begin = models / phase.after
+    settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
     if isinstance(phase, VaePhase):
         stage = profile.stage1 if phase.low else profile.stage2
-        vae = new_vae(stage.vae, seed) if start is None else raw(load_vae(start / name, dtype=torch.float32))
+        vae = new_vae(stage.vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         return VaeTask(
             vae.requires_grad_(True).to(device), _videos(photos, phase), phase.loss, fuse=compiled, **settings
         )
     torch.manual_seed(seed)
     stage = profile.stage1 if name == "stage1" else profile.stage2
-    dit = DiT(stage.dit) if start is None else load_dit(start / name, dtype=torch.float32).requires_grad_(True)
+    dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
     if compiled:
         fuse(dit)
     sizes = {"samples": [asdict(item) for item in phase.samples], **settings}
