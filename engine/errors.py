@@ -28,6 +28,10 @@ class NumericsError(SwiftError):
     """Values that are not finite where a result is due."""
 
 
+class BundleError(SwiftError):
+    """A bundle that is damaged, incomplete, or was built from something else."""
+
+
 class EnvironmentMismatch(SwiftError):  # noqa: N818  (reads better at the raise)
     """This machine lacks something the request needs: a package, a device, memory."""
 

@@ -1,6 +1,7 @@
 """The eager backend: a graph's PyTorch module behind the Executable interface."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ..engine.graphs import Graph, profile_graphs
 from ..engine.profile import Profile
 from ..engine.spec import Executable, Feed, GraphSpec, check_feed
+from .devices import computes_bf16
 
 
 class EagerExecutable:
@@ -34,3 +36,23 @@ def open_eager(profile: Profile, weights: Mapping[str, nn.Module], dtype: torch.
     return {
         name: EagerExecutable(graph, weights[graph.weights]) for name, graph in profile_graphs(profile, dtype).items()
     }
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """What eager runs in, the best first."""
+    return ("bf16", "fp32", "fp16") if computes_bf16(device) else ("fp32", "bf16", "fp16")
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__}
+
+
+def arch(device: torch.device) -> str:
+    """Eager is compiled for nothing: any device of a kind will do."""
+    return device.type
+
+
+def open_graph(graph: Graph, module: nn.Module | None, files: tuple[Path, ...], device: torch.device) -> Executable:  # noqa: ARG001
+    """The module itself: an eager bundle holds no code, only what it belongs to."""
+    assert module is not None
+    return EagerExecutable(graph, module)

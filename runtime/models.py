@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.dit import DiT
+from ..engine.manifest import Bundle
 from ..engine.profile import Profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
@@ -27,12 +28,17 @@ class Loaded:
     """Open models, and the profile with the sizes they have."""
 
     profile: Profile
-    modules: dict[str, nn.Module]  # by the weights name of the graphs
+    modules: dict[str, nn.Module]  # by the weights name of the graphs; none where a bundle has them compiled
     prompts: PromptEncoder
     device: torch.device
     dtype: torch.dtype
     image_encoder: ImageEncoder | None = None
     trained: bool = True
+    bundle: Bundle | None = None  # what runs in place of the modules
+
+    @property
+    def backend(self) -> str:
+        return "eager" if self.bundle is None else self.bundle.manifest.backend
 
 
 def load_models(
@@ -54,14 +60,25 @@ def load_models(
     if not paths.trained:
         return untrained_models(profile, dtype, device)
     prompts, image_encoder = load_encoders(profile, paths, device, dtype, cache)
-    experts = {"stage1_high": "stage1", "stage1_low": "stage1_low"} if paths.stage1_low else {"stage1": "stage1"}
+    return Loaded(profile, load_modules(paths, device, dtype), prompts, device, dtype, image_encoder)
+
+
+def load_modules(paths: ModelPaths, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The modules of checkpoints, by the weights name of the graphs."""
     modules: dict[str, nn.Module] = {}
-    for name, entry in {**experts, "stage2": "stage2"}.items():
-        loras = paths.loras.get(entry, ())
-        modules[name] = load_dit(path_of(paths, entry), dtype=dtype, device=device, loras=loras)
-    for name in ("vae1", "vae2"):
-        modules[name] = load_vae(path_of(paths, name), dtype=dtype, device=device)
-    return Loaded(profile, modules, prompts, device, dtype, image_encoder)
+    for name, entry in weight_entries(paths).items():
+        path, loras = path_of(paths, entry), paths.loras.get(entry, ())
+        if name.startswith("vae"):
+            modules[name] = load_vae(path, dtype=dtype, device=device)
+        else:
+            modules[name] = load_dit(path, dtype=dtype, device=device, loras=loras)
+    return modules
+
+
+def weight_entries(paths: ModelPaths) -> dict[str, str]:
+    """Which entry of the paths each weights name of the graphs comes from."""
+    experts = {"stage1_high": "stage1", "stage1_low": "stage1_low"} if paths.stage1_low else {"stage1": "stage1"}
+    return {**experts, "stage2": "stage2", "vae1": "vae1", "vae2": "vae2"}
 
 
 def load_encoders(

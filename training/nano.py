@@ -22,6 +22,7 @@ from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
 from .checkpoint import load_ema
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
+from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import Task, TrainConfig, ship, step_seed
@@ -29,9 +30,13 @@ from .transition import StageOne
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
 Photos = Sequence[np.ndarray]
-CLIPS = ClipConfig()  # 512x320, 33 frames, low resolution 128x80: the grids of `nano`
+# Mostly one camera move at a time: a small model learns these before it learns everything at once.
+ODDS = MotionOdds(
+    moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
+)
+CLIPS = ClipConfig(odds=ODDS)  # 512x320, 33 frames, low resolution 128x80: the grids of `nano`
 # Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
-LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2)
+LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2, odds=ODDS)
 STATISTICS_BATCHES = 40  # over which a finished VAE's latents are measured
 
 
@@ -96,7 +101,7 @@ PHASES: dict[str, Phase] = {
         after="vae2-short",
     ),
     "stage1": DitPhase(
-        TrainConfig(2000, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
+        TrainConfig(1800, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(8, 256, 160), 48, 8.0, 0.75), Samples(Crops(8, 192, 128), 16, 8.0, 0.25)),
         Stage1Config(),
     ),
