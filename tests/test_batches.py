@@ -1,10 +1,14 @@
 """Batches for training: equal arguments give equal samples, pieces lie inside their clips, pools grow as promised."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
+from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, stored, video_batch
 from swifti2v.training.clips import ClipConfig, ClipError
 from swifti2v.training.flow import LatentBatch
 
@@ -58,33 +62,58 @@ def test_cuts_are_pieces_of_their_clip_from_anywhere():
     assert starts == (set(range(5)), set(range(9))), "every start is drawn, the last ones too"
 
 
-def test_a_pool_makes_each_sample_once_and_grows():
+def test_a_pool_makes_each_sample_once_and_moves_on():
     made: list[int] = []
 
     def make(index: int) -> int:
         made.append(index)
         return index
 
-    pool = Pool(make, count=4, first=3, reuse=2.0)
+    pool = Pool(make, count=4, window=6, reuse=2.0, steps=40)
     steps = [pool(step, step) for step in range(40)]
     assert all(len(step) == 4 for step in steps)
-    assert all(max(step) < 3 + 2 * index for index, step in enumerate(steps))
-    assert max(max(step) for step in steps) > 60, "late steps use late samples"
-    resumed = Pool(lambda index: index, count=4, first=3, reuse=2.0)
-    assert [resumed(step, step) for step in range(20, 40)] == steps[20:], "a resumed run draws the same"
-    pool.close()
-    resumed.close()
-    assert made == sorted(set(made)), "in order, each once"
+    assert all(2 * index <= min(step) and max(step) < 2 * index + 6 for index, step in enumerate(steps))
+    assert made == list(range(len(made))), "in order, each once"
+    assert max(made) < 2 * 39 + 6, "none for steps that never come"
+    uses = [sum(step.count(index) for step in steps) for index in range(10, 70)]
+    assert 1.5 < sum(uses) / len(uses) < 2.5, "as often as promised"
+    assert len(pool._made) <= 6, "what no step draws again is forgotten"
+
+
+def test_a_resumed_pool_draws_the_same_and_makes_the_window_alone():
+    whole = Pool(lambda index: index, count=4, window=6, reuse=2.0, steps=40)
+    steps = [whole(step, step) for step in range(40)]
+    made: list[int] = []
+    resumed = Pool(lambda index: made.append(index) or index, count=4, window=6, reuse=2.0, steps=40)
+    assert [resumed(step, step) for step in range(20, 40)] == steps[20:]
+    assert min(made) == 40
+
+
+def test_a_pool_of_a_share_of_the_steps_moves_on_more_slowly():
+    pool = Pool(lambda index: index, count=4, window=6, reuse=2.0, steps=100, share=0.25)
+    assert pool.window(40) == range(20, 26)
 
 
 def test_a_sample_that_fails_fails_the_step():
     def make(index: int) -> int:
         raise ValueError(f"sample {index}")
 
-    pool = Pool(make, count=1, first=1, reuse=1.0)
-    with pytest.raises(ValueError, match="sample 0"):
-        pool(0, 0)
-    pool.close()
+    pool = Pool(make, count=1, window=1, reuse=1.0, steps=9)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sample 0"):
+            pool(0, 0)
+
+
+def test_a_pool_at_work_does_not_hold_up_the_end():
+    script = """
+import time
+from swifti2v.training.batches import Pool
+pool = Pool(lambda index: time.sleep(0.5 if index else 0) or index, count=1, window=1, reuse=0.01, steps=1000)
+assert pool(0, 0) == [0]
+"""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert time.monotonic() - started < 20
 
 
 def test_mixed_batches_keep_their_shares():
@@ -95,8 +124,13 @@ def test_mixed_batches_keep_their_shares():
 
 
 def test_joined_samples_keep_their_order():
-    samples = [LatentBatch(torch.full((1, 2, 3, 4, 4), i), torch.full((1, 1, 3, 4, 4), -i), [str(i)]) for i in (1, 2)]
-    batch = joined(samples)
+    samples = [
+        stored(LatentBatch(torch.full((1, 2, 3, 4, 4), 1.0 * i), torch.full((1, 1, 3, 4, 4), -1.0 * i), [str(i)]))
+        for i in (1, 2)
+    ]
+    assert samples[0].latents.dtype == torch.float16
+    batch = joined(samples, "cpu")
+    assert batch.latents.dtype == torch.float32
     assert batch.latents[:, 0, 0, 0, 0].tolist() == [1, 2]
     assert batch.channels[:, 0, 0, 0, 0].tolist() == [-1, -2]
     assert list(batch.prompts) == ["1", "2"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from swifti2v.training.checkpoint import load_ema
-from swifti2v.training.muon import Muon, hidden_weights, orthogonal
+from swifti2v.training.muon import Muon, layer_weights, orthogonal
 from swifti2v.training.trainer import TrainConfig, train
 
 
@@ -31,11 +31,11 @@ def test_the_first_step_is_the_orthogonal_gradient():
     assert torch.allclose(before - weight.detach(), 0.1 * want, atol=1e-5)
 
 
-def test_only_weights_of_layers_are_hidden():
+def test_which_weights_it_takes():
     module = nn.Sequential(nn.Linear(3, 4), nn.Conv3d(2, 2, 3), nn.Embedding(5, 2), nn.LayerNorm(4), nn.Conv2d(1, 1, 1))
     module[1].weight.requires_grad_(True)
     frozen = nn.Linear(2, 2).requires_grad_(False)
-    assert [id(weight) for weight in hidden_weights([module, frozen])] == [id(module[0].weight), id(module[1].weight)]
+    assert [id(weight) for weight in layer_weights([module, frozen])] == [id(module[0].weight), id(module[1].weight)]
 
 
 class Fit:

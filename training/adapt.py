@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..engine.dit import DiT
 from ..engine.errors import WeightsError
 from ..engine.profile import Profile
-from ..engine.weights import load_dit, load_vae, load_words
-from .batches import Crops, Pool, clip_batch, joined
+from ..engine.weights import fingerprint, load_dit, load_vae, load_words
+from .batches import Crops, Pool, clip_batch, joined, photos_hash, stored
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch
 from .log import TrainingError
 from .lora import TARGETS, Lora, checkpoint_blocks
 from .stage1 import FixedText, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import TrainConfig, step_seed
+from .trainer import TrainConfig, autocast, step_seed
 from .transition import StageOne
 
 Stage = Literal["stage1", "stage2"]
@@ -35,7 +36,7 @@ class AdaptConfig:
     alpha: float = 32.0
     targets: str = TARGETS
     crops: Crops | None = None
-    first: int = 4  # samples before the first step
+    window: int = 8  # samples that a step chooses from
     reuse: float = 8.0
     checkpointing: bool = True
     stage1: Stage1Config = field(default_factory=lambda: Stage1Config(drop_prompt=0.0))
@@ -76,21 +77,49 @@ def adapt_task(
     crops = config.crops or Crops(train.batch, big.width, big.height)
     vae1 = load_vae(models / "vae1", **here)
     torch.manual_seed(step_seed(train.seed, "lora"))
-    settings = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
+    settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
+    settings |= {"clips": asdict(clips), "photos": photos_hash(photos)}
+    config = _on_schedule(config, profile)
     if stage == "stage1":
-        dit = load_dit(models / "stage1", **here)
-        if dit.config.image_dim:
-            raise WeightsError(
-                "stage1: got a DiT that reads CLIP image tokens, want one without, such as Wan2.2-I2V-A14B's; pass that"
-            )
+        dit = _stage1(models, here)
+        settings["models"] = fingerprint(models / "stage1", models / "vae1")
         batch = _batch(photos, clips, crops, config, lambda clip, _: stage1_batch(vae1, clip))
         return LoraTask(Stage1Task(dit, text, batch, config.stage1, **settings), config)
     transition = config.stage2.transition
-    one = StageOne(load_dit(models / "stage1", **here) if transition.probability else None, text, vae1)
+    one = StageOne(_stage1(models, here) if transition.probability else None, text, vae1)
     vae2 = load_vae(models / "vae2", **here)
-    dit = load_dit(models / "stage2", in_channels=big.dit.in_channels, **here)
+    dit = load_dit(models / "stage2", **here)
+    if dit.config.in_channels != big.dit.in_channels:
+        raise WeightsError(
+            f"stage2: got {dit.config.in_channels} input channels, want {big.dit.in_channels}: without weights for the "
+            "reference a LoRA cannot learn to read it; pass a DiT trained with references"
+        )
+    settings["models"] = fingerprint(*(models / name for name in ("stage2", "vae1", "vae2")))
     batch = _batch(photos, clips, crops, config, lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed))
     return LoraTask(Stage2Task(dit, text, batch, config.stage2, **settings), config)
+
+
+def _stage1(models: Path, here: dict[str, Any]) -> DiT:
+    """The one DiT of a first stage that reads no image tokens."""
+    dit = load_dit(models / "stage1", **here)
+    if dit.config.image_dim or (models / "stage1_low").exists():
+        raise WeightsError(
+            "stage1: got a DiT that reads CLIP image tokens, or two experts, want one DiT that reads the first frame's "
+            "latents alone; pass such a one, or for Stage II --transition 0"
+        )
+    return dit
+
+
+def _on_schedule(config: AdaptConfig, profile: Profile) -> AdaptConfig:
+    """The configuration with the noise levels at which the profile runs."""
+    one, two = profile.stage1, profile.stage2
+    levels = [replace(config.stage1.levels, shift=stage.shift, steps=stage.steps) for stage in (one, two)]
+    transition = replace(config.stage2.transition, shift=one.shift, steps=one.steps)
+    return replace(
+        config,
+        stage1=replace(config.stage1, levels=levels[0]),
+        stage2=replace(config.stage2, levels=levels[1], transition=transition),
+    )
 
 
 def _text(models: Path, embeddings: Path | None, device: str) -> TextEncoder:
@@ -113,8 +142,8 @@ def _batch(
 
     def make(index: int) -> LatentBatch:
         seed = step_seed(train.seed, "sample", index)
-        with torch.autocast(torch.device(train.device).type, torch.bfloat16, enabled=train.bf16):
-            return learn(one(index, seed), seed)
+        with autocast(train):
+            return stored(learn(one(index, seed), seed))
 
-    pool = Pool(make, crops.count, config.first, config.reuse)
-    return lambda step, seed: joined(pool(step, seed))
+    pool = Pool(make, crops.count, config.window, config.reuse, train.steps)
+    return lambda step, seed: joined(pool(step, seed), train.device)

@@ -3,8 +3,9 @@
 Axes: B batch, T frames, H rows, W columns.
 """
 
+import hashlib
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -76,40 +77,83 @@ class Cuts:
 
 
 class Pool(Generic[Made]):
-    """Samples made once, in order, on a thread, and used `reuse` times on average.
+    """Samples made once, in order, on a thread, and used `reuse` times on average: making one costs more than a step.
 
-    Step s draws `count` of the first `first + s * count / reuse`: a function of (step, seed), so that a resumed run
-    draws the same, and makes again what it draws. Making a sample costs more than a training step on it.
+    Step s draws `count` of a window of `window` samples that moves on by `share * count / reuse` a step, `share` being
+    how many of the steps draw from this pool. What is drawn is a function of (step, seed): a resumed run makes the
+    window's samples again and draws the same. Nothing is made for steps beyond `steps`.
     """
 
-    def __init__(self, make: Callable[[int], Made], count: int, first: int, reuse: float) -> None:
-        self._make, self._count, self._first, self._reuse = make, count, first, reuse
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._made: list[Future[Made]] = []
+    def __init__(
+        self, make: Callable[[int], Made], count: int, window: int, reuse: float, steps: int, share: float = 1.0
+    ) -> None:
+        self._make, self._count, self._window, self._steps = make, count, window, steps
+        self._pace = share * count / reuse
+        self._changed = threading.Condition()
+        self._wanted = range(0)
+        self._made: dict[int, Made] = {}
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
 
-    def size(self, step: int) -> int:
-        """How many samples step `step` draws from."""
-        return self._first + int(step * self._count / self._reuse)
+    def window(self, step: int) -> range:
+        """The samples that step `step` draws from."""
+        start = int(min(step, self._steps - 1) * self._pace)
+        return range(start, start + self._window)
 
     def __call__(self, step: int, seed: int) -> list[Made]:
-        for index in range(len(self._made), self.size(step + POOL_AHEAD)):
-            self._made.append(self._thread.submit(self._make, index))
+        now, later = self.window(step), self.window(step + POOL_AHEAD)
         draws = torch.Generator().manual_seed(step_seed(seed, "pool"))
-        chosen = torch.randint(self.size(step), (self._count,), generator=draws).tolist()
-        return [self._made[index].result() for index in chosen]
+        chosen = [now[i] for i in torch.randint(self._window, (self._count,), generator=draws).tolist()]
+        with self._changed:
+            self._wanted = range(now.start, later.stop)
+            self._made = {index: made for index, made in self._made.items() if index >= now.start}
+            if self._thread is None:  # a daemon, so that what is still to be made does not hold up the end
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or all(index in self._made for index in chosen))
+            if self._failure is not None:
+                raise self._failure
+            return [self._made[index] for index in chosen]
 
-    def close(self) -> None:
-        """Stop making samples."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: any(index not in self._made for index in self._wanted))
+                index = next(index for index in self._wanted if index not in self._made)
+            try:
+                made = self._make(index)
+            except BaseException as error:
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._made[index] = made
+                self._changed.notify_all()
 
 
-def joined(samples: Sequence[LatentBatch]) -> LatentBatch:
-    """Samples of one size as one batch."""
+def stored(sample: LatentBatch) -> LatentBatch:
+    """A sample as a pool keeps it: in half precision, on the CPU."""
+    return LatentBatch(sample.latents.half().cpu(), sample.channels.half().cpu(), sample.prompts)
+
+
+def joined(samples: Sequence[LatentBatch], device: str) -> LatentBatch:
+    """Stored samples of one size as one batch, fp32."""
     return LatentBatch(
-        torch.cat([sample.latents for sample in samples]),
-        torch.cat([sample.channels for sample in samples]),
+        torch.cat([sample.latents for sample in samples]).to(device).float(),
+        torch.cat([sample.channels for sample in samples]).to(device).float(),
         [prompt for sample in samples for prompt in sample.prompts],
     )
+
+
+def photos_hash(photos: Photos) -> str:
+    """SHA-256 (hex) of photographs, for the identity of a training."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(f"{photo.shape}".encode())
+        digest.update(photo.tobytes())
+    return digest.hexdigest()
 
 
 def mixed(batches: Sequence[Callable[[int, int], Made]], shares: Sequence[float]) -> Callable[[int, int], Made]:

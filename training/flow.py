@@ -14,6 +14,7 @@ from ..engine.rope import rope_tables
 from ..engine.sampler import TIMESTEPS, flow_sigmas, shift_sigma
 from ..engine.vae import VAE
 
+PIXELS_AT_ONCE = 2**24  # of one call of a VAE in training: at 2K one latent block, at small sizes the whole clip
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -104,15 +105,28 @@ def fuse(dit: DiT) -> DiT:
 
 @torch.no_grad()
 def encode_clip(vae: VAE, pixels: Tensor) -> Tensor:
-    """Normalised latents fp32 [B, z, 1+k, H, W] of pixels [B, 3, 1+4k, ...]; two calls, as chunks may be long."""
-    first, caches = vae.encode_chunk(pixels[:, :, :1], None)
-    rest, _ = vae.encode_chunk(pixels[:, :, 1:], caches)
-    return torch.cat((first, rest), dim=2).float()
+    """Normalised latents fp32 [B, z, 1+k, H, W] of pixels [B, 3, 1+4k, ...]; long or large clips in several calls."""
+    step = vae.config.time * _blocks_at_once(pixels.shape[0] * pixels.shape[3] * pixels.shape[4] * vae.config.time)
+    latents, caches = vae.encode_chunk(pixels[:, :, :1], None)
+    blocks = [latents.float()]
+    for chunk in pixels[:, :, 1:].split(step, dim=2):
+        latents, caches = vae.encode_chunk(chunk, caches)
+        blocks.append(latents.float())
+    return torch.cat(blocks, dim=2)
 
 
 @torch.no_grad()
 def decode_clip(vae: VAE, latents: Tensor) -> Tensor:
-    """Pixels fp32 [B, 3, 1+4k, ...] in [-1, 1] of normalised latents [B, z, 1+k, H, W]."""
-    first, caches = vae.decode_chunk(latents[:, :, :1], None)
-    rest, _ = vae.decode_chunk(latents[:, :, 1:], caches)
-    return torch.cat((first, rest), dim=2).float()
+    """Pixels fp32 [B, 3, 1+4k, ...] in [-1, 1] of normalised latents [B, z, 1+k, H, W]; as `encode_clip`."""
+    config = vae.config
+    step = _blocks_at_once(latents.shape[0] * latents.shape[3] * latents.shape[4] * config.spatial**2 * config.time)
+    pixels, caches = vae.decode_chunk(latents[:, :, :1], None)
+    frames = [pixels.float()]
+    for chunk in latents[:, :, 1:].split(step, dim=2):
+        pixels, caches = vae.decode_chunk(chunk, caches)
+        frames.append(pixels.float())
+    return torch.cat(frames, dim=2)
+
+
+def _blocks_at_once(pixels_of_a_block: int) -> int:
+    return max(1, PIXELS_AT_ONCE // pixels_of_a_block)

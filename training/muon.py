@@ -48,7 +48,7 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def hidden_weights(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+def layer_weights(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The trained weights of linear layers and convolutions that are matrices of more than one row and column."""
     found = []
     for root in modules:

@@ -18,14 +18,14 @@ from ..engine.presets import get_profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, video_batch
+from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, photos_hash, stored, video_batch
 from .checkpoint import load_ema
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import Task, TrainConfig, ship, step_seed
+from .trainer import Task, TrainConfig, autocast, ship, step_seed
 from .transition import StageOne
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
@@ -45,7 +45,7 @@ class Samples:
     """A pool of samples cut to one size, and its share of the steps."""
 
     crops: Crops  # count: how many a step takes
-    first: int  # how many there are before the first step
+    window: int  # how many a step chooses from
     reuse: float  # how often each is used, on average
     share: float = 1.0
 
@@ -102,12 +102,12 @@ PHASES: dict[str, Phase] = {
     ),
     "stage1": DitPhase(
         TrainConfig(1800, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(8, 256, 160), 48, 8.0, 0.75), Samples(Crops(8, 192, 128), 16, 8.0, 0.25)),
+        (Samples(Crops(8, 256, 160), 32, 24.0, 0.75), Samples(Crops(8, 192, 128), 16, 24.0, 0.25)),
         Stage1Config(),
     ),
     "stage2": DitPhase(
         TrainConfig(1500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(2, 384, 256), 24, 6.0),),
+        (Samples(Crops(2, 384, 256), 16, 6.0, 0.85), Samples(Crops(2, 512, 320), 4, 6.0, 0.15)),
         Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
     ),
 }
@@ -125,28 +125,32 @@ def train_task(
     begin = None if start is None else start / name
     if isinstance(phase, VaePhase) and phase.after is not None and begin is None:
         begin = models / phase.after
-    settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
+    # What a run is made of: to go on with other photographs or other models would be another run.
+    settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin), "photos": photos_hash(photos)}
+    settings["clips"] = asdict(_clips(phase))
     if isinstance(phase, VaePhase):
         stage = profile.stage1 if phase.low else profile.stage2
         vae = new_vae(stage.vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         return VaeTask(
-            vae.requires_grad_(True).to(device), _videos(photos, phase), phase.loss, fuse=compiled, **settings
+            vae.requires_grad_(True).to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings
         )
     torch.manual_seed(seed)
     stage = profile.stage1 if name == "stage1" else profile.stage2
     dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
     if compiled:
         fuse(dit)
-    sizes = {"samples": [asdict(item) for item in phase.samples], **settings}
+    settings["samples"] = [asdict(item) for item in phase.samples]
+    read = ["vae1"] if isinstance(phase.config, Stage1Config) else ["vae1", "stage1", "text", "vae2"]
+    settings["models"] = fingerprint(*(models / item for item in read))
     if isinstance(phase.config, Stage1Config):
         vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
         if start is None:
             words = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
         else:
             words = load_words(start / "text").requires_grad_(True)
-        make = _pools(photos, LOW_CLIPS, phase, lambda clips, _: stage1_batch(vae1, clips))
-        return Stage1Task(dit, words, make, phase.config, **sizes)
+        make = _pools(name, photos, phase, lambda clips, _: stage1_batch(vae1, clips))
+        return Stage1Task(dit, words, make, phase.config, **settings)
     config = phase.config
     one = StageOne(
         load_dit(models / "stage1", dtype=torch.float32, device=device),
@@ -154,8 +158,8 @@ def train_task(
         load_vae(models / "vae1", dtype=torch.float32, device=device),
     )
     vae2 = load_vae(models / "vae2", dtype=torch.float32, device=device)
-    make = _pools(photos, CLIPS, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
-    return Stage2Task(dit, one.words, make, config, **sizes)
+    make = _pools(name, photos, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
+    return Stage2Task(dit, one.words, make, config, **settings)
 
 
 def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) -> None:
@@ -165,7 +169,7 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
         vae = VAE((profile.stage1 if phase.low else profile.stage2).vae)
         load_ema(folder / name, {"vae": vae})
         phase = replace(phase, train=replace(phase.train, device="cpu"))
-        make = _videos(photos, phase)
+        make = _videos(f"{name}/statistics", photos, phase)
         videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
         ship(finished(vae, videos), models / name)
         return
@@ -178,30 +182,38 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
         ship(module, models / key)
 
 
-def _videos(photos: Photos, phase: VaePhase) -> Callable[[int, int], Tensor]:
+def _clips(phase: Phase) -> ClipConfig:
+    low = phase.low if isinstance(phase, VaePhase) else isinstance(phase.config, Stage1Config)
+    return LOW_CLIPS if low else CLIPS
+
+
+def _videos(name: str, photos: Photos, phase: VaePhase) -> Callable[[int, int], Tensor]:
     """Pieces of a pool of clips."""
     train, item = phase.train, phase.samples
-    crops = replace(item.crops, count=1)
-    make = video_batch(photos, LOW_CLIPS if phase.low else CLIPS, crops, train.device, low=phase.low)
-    pool = Pool(lambda i: make(i, step_seed(train.seed, "clip", i)).half(), item.crops.count, item.first, item.reuse)
+    make = video_batch(photos, _clips(phase), replace(item.crops, count=1), train.device, low=phase.low)
+
+    def sample(index: int) -> Tensor:
+        return make(index, step_seed(train.seed, name, index)).half()
+
+    pool = Pool(sample, item.crops.count, item.window, item.reuse, train.steps)
     return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
 
 
 def _pools(
-    photos: Photos, clips: ClipConfig, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
+    name: str, photos: Photos, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
 ) -> Callable[[int, int], LatentBatch]:
     """Batches from one pool for each size of samples; `learn(clip, seed)` encodes one clip."""
     train = phase.train
 
     def pool(item: Samples) -> Callable[[int, int], LatentBatch]:
-        one = clip_batch(photos, clips, replace(item.crops, count=1), train.device)
+        one = clip_batch(photos, _clips(phase), replace(item.crops, count=1), train.device)
 
-        def make(index: int) -> LatentBatch:
-            seed = step_seed(train.seed, item.crops.width, index)
-            with torch.autocast(torch.device(train.device).type, torch.bfloat16, enabled=train.bf16):
-                return learn(one(index, seed), seed)
+        def sample(index: int) -> LatentBatch:
+            seed = step_seed(train.seed, name, item.crops.width, index)
+            with autocast(train):
+                return stored(learn(one(index, seed), seed))
 
-        drawn = Pool(make, item.crops.count, item.first, item.reuse)
-        return lambda step, seed: joined(drawn(step, seed))
+        drawn = Pool(sample, item.crops.count, item.window, item.reuse, train.steps, item.share)
+        return lambda step, seed: joined(drawn(step, seed), train.device)
 
     return mixed([pool(item) for item in phase.samples], [item.share for item in phase.samples])

@@ -28,7 +28,7 @@ from ..engine.vae import VAE
 from ..engine.weights import save_dit, save_vae, save_words
 from .checkpoint import CHECKPOINT, FORMAT, check_identity, check_shapes, read_checkpoint
 from .log import LOG, Record, TrainingError, curve_figures, draw_curve, read_log
-from .muon import Muon, hidden_weights
+from .muon import Muon, layer_weights
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
@@ -41,7 +41,7 @@ class Task(Protocol):
 
     `loss` draws its own batch as a pure function of its arguments; `seed` differs from step to step. The global random
     state is seeded before each call too. A task may have `settings`, a mapping of JSON values that a resumed run must
-    share, and `finish()`, called once the last step is done.
+    share.
     """
 
     @property
@@ -93,6 +93,12 @@ def step_seed(seed: int, *labels: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def autocast(config: TrainConfig) -> torch.autocast:
+    """bf16 where the run wants it. Casts are not kept: samples are made on a thread beside, some without gradients."""
+    device = torch.device(config.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=config.bf16, cache_enabled=False)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step 0, 1, ...: a linear rise over `warmup` steps, then a cosine towards 0 at `steps`."""
     if step < config.warmup:
@@ -134,9 +140,6 @@ def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Recor
                     draw_curve(folder, figures)
             if late:
                 break
-    finish = getattr(task, "finish", None)
-    if run.step == config.steps and finish is not None:
-        finish()
     return run.step
 
 
@@ -163,7 +166,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate / config.lr
             optimizer.zero_grad()
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
+        with autocast(config):
             loss, parts = self.task.loss(self.step, seed)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
@@ -274,10 +277,10 @@ def _number(value: float | Tensor) -> float:
 def _optimizers(
     modules: Mapping[str, nn.Module], parameters: Sequence[nn.Parameter], config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, without weight decay on biases and norms; with `config.muon`, Muon for the weights of layers before it."""
+    """AdamW, without weight decay on biases and norms; with `config.muon`, Muon for the weights of layers instead."""
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon:
-        hidden = hidden_weights(modules.values())
+        hidden = layer_weights(modules.values())
         optimizers.append(Muon(hidden, config.muon))
         taken = {id(value) for value in hidden}
         parameters = [value for value in parameters if id(value) not in taken]
