@@ -9,6 +9,8 @@ with Session.open(loaded) as session:
 
 __version__ = "0.1.0"  # before the imports: modules below read it
 
+from typing import TYPE_CHECKING, Any
+
 from .engine.dit import DiT
 from .engine.errors import SwiftError
 from .engine.presets import PROFILES, get_profile
@@ -21,7 +23,9 @@ from .runtime.image import fit_image, load_image
 from .runtime.model_paths import ModelPaths, find_models
 from .runtime.models import Loaded, load_models
 from .runtime.session import FrameChunk, Progress, Request, Session
-from .runtime.video import VideoWriter
+
+if TYPE_CHECKING:
+    from .runtime.video import VideoWriter
 
 __all__ = [
     "PROFILES",
@@ -51,3 +55,12 @@ __all__ = [
     "load_vae",
     "plan_segments",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The one public name that needs PyAV, imported when it is asked for: a machine that writes no video has none."""
+    if name == "VideoWriter":
+        from .runtime.video import VideoWriter
+
+        return VideoWriter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

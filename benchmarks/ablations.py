@@ -21,7 +21,7 @@ NOTE = (
     "All variants run on the same weights, trained with M around 3, N around 1, context both ways and the reference "
     "on; another training could suit a variant better. Change is to the default on the same clips and noise. Seconds "
     "and peak memory are of Stage II (reference, denoising, decoding) per clip; memory is the device's on CUDA, "
-    "elsewhere all that is resident of the process."
+    "elsewhere all that is resident of the process. Stage transition on against off is missing: it wants two trainings."
 )
 
 

@@ -31,7 +31,8 @@ NOTES = (
     "Where a clip is compared with the truth, Stage II gets the truth after stage transition (noised, denoised by "
     f"Stage I in {TransitionConfig().steps} steps, decoded) with the settings of the training: a share of "
     f"{1 - TransitionConfig().probability:g} is only encoded and decoded. Bicubic is of the same low-resolution clip. "
-    "All other clips are real Stage I output.",
+    "All other clips are real Stage I output. Motions are drawn with the generator's own odds: more moves at once, and "
+    "more objects, than `nano` is mostly trained on.",
     "Photographs are held out from every training. Dynamic degree is in pixels of the low resolution.",
     "Prompt following is a forced choice between six moves, of one prompt a crop in turn, of all six with --full; a "
     "clip that moves less than a tenth of the basic move counts as wrong.",
@@ -182,8 +183,8 @@ class _Case:
         return rows
 
     def _prompt(self, index: int) -> str:
-        """Each photograph gets each prompt: crops go through the photographs first."""
-        return list(CANONICAL)[index // len(self.photos) % len(CANONICAL)]
+        """Crops go through the photographs; prompts go on by one more each time round, so that all come as often."""
+        return list(CANONICAL)[(index + index // len(self.photos)) % len(CANONICAL)]
 
 
 def _confusion(seen: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:

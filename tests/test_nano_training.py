@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +139,11 @@ def test_a_lora_learns_from_ready_embeddings_and_without_stage_one(save_models, 
     arguments = ["lora", "stage2", "--profile", "tiny", "--model-dir", str(models), "-o", str(tmp_path / "out"), *rows]
     main([*arguments, "--rank", "2", *QUICK])
     assert (tmp_path / "out" / "lora.safetensors").exists()
+
+
+def test_training_needs_neither_pyav_nor_click():
+    absent = "import sys; sys.modules.update({name: None for name in ('av', 'click', 'rich', 'skimage', 'matplotlib')})"
+    subprocess.run([sys.executable, "-c", f"{absent}; import swifti2v.training.cli"], check=True)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys):

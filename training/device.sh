@@ -2,13 +2,15 @@
 # Trains phases of `nano` on a bare GPU machine without a network: needs python with torch, numpy, pillow, safetensors.
 #   training/device.sh PHOTOS.safetensors MODELS OUT PHASE [swifti2v-train options]
 # PHOTOS is what `swifti2v-train pack` wrote, MODELS a folder of the finished models that the phase reads (and, with
-# `--start MODELS`, begins with). One call trains one phase in at most 8.5 minutes; OUT/PHASE.safetensors and
-# OUT/PHASE.json (and text.*) are its averaged weights, OUT/PHASE.log its log.
+# `--start MODELS`, begins with). One call trains one phase in about 9 minutes; OUT/PHASE (and OUT/text) hold its averaged
+# weights as a model folder has them, OUT/PHASE.log and .jsonl its log. Choose --set steps=N to end within the time: a
+# run that is cut off ships weights of a high learning rate.
 set -eu
 photos=$1 models=$2 out=$3 phase=$4
 shift 4
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/models" "$out"
 if [ -d "$models" ]; then cp -r "$models/." "$work/models/"; fi
 PYTHONPATH="$root/.typing" PYTHONUNBUFFERED=1 python3 -m swifti2v.training.cli nano "$phase" -o "$work" \
@@ -18,9 +20,6 @@ PYTHONPATH="$root/.typing" PYTHONUNBUFFERED=1 python3 -m swifti2v.training.cli n
   exit $status
 }
 cp "$work/$phase/log.jsonl" "$out/$phase.jsonl"
-for name in "$phase" text; do
-  if [ "$name" = text ] && [ "$phase" != stage1 ]; then continue; fi
-  cp "$work/models/$name"/*.safetensors "$out/$name.safetensors"
-  if [ -f "$work/models/$name/config.json" ]; then cp "$work/models/$name/config.json" "$out/$name.json"; fi
-done
+cp -r "$work/models/$phase" "$out/"
+if [ "$phase" = stage1 ]; then cp -r "$work/models/text" "$out/"; fi
 tail -n 3 "$out/$phase.log"

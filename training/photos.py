@@ -126,8 +126,9 @@ def pack(
 ) -> dict[str, int]:
     """Write the photographs of these sets to one safetensors file, "set/name" -> uint8 [H, W, 3], sides <= 1024.
 
-    So a machine without the packages, and without a network, trains on the same pixels. Returns how many of each
-    set went in. Raises as `load_split` does, and MediaError over 40 MiB.
+    So a machine without the packages, and without a network, trains on the same photographs, the largest of them
+    smaller than `load_split` gives them. Returns how many of each set went in. Raises as `load_split` does, and
+    MediaError over 40 MiB.
     """
     folders = tuple(folders)
     tensors, counts = {}, {}
