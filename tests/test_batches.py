@@ -129,7 +129,8 @@ def test_joined_samples_keep_their_order():
         for i in (1, 2)
     ]
     assert samples[0].latents.dtype == torch.float16
-    batch = joined(samples, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = joined(samples, "cpu")
     assert batch.latents.dtype == torch.float32
     assert batch.latents[:, 0, 0, 0, 0].tolist() == [1, 2]
     assert batch.channels[:, 0, 0, 0, 0].tolist() == [-1, -2]

@@ -3,6 +3,7 @@
 Axes: B batch, T frames, H rows, W columns.
 """
 
+import atexit
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -94,6 +95,7 @@ class Pool(Generic[Made]):
         self._made: dict[int, Made] = {}
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def window(self, step: int) -> range:
         """The samples that step `step` draws from."""
@@ -107,19 +109,31 @@ class Pool(Generic[Made]):
         with self._changed:
             self._wanted = range(now.start, later.stop)
             self._made = {index: made for index, made in self._made.items() if index >= now.start}
-            if self._thread is None:  # a daemon, so that what is still to be made does not hold up the end
+            if self._thread is None:
+                # What is still to be made must not hold up the end, and a thread must not be torn down at work.
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
+                atexit.register(self.close)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._failure or all(index in self._made for index in chosen))
             if self._failure is not None:
                 raise self._failure
             return [self._made[index] for index in chosen]
 
+    def close(self) -> None:
+        """Stop making samples, once the one at work is done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: any(index not in self._made for index in self._wanted))
+                self._changed.wait_for(lambda: self._closed or any(index not in self._made for index in self._wanted))
+                if self._closed:
+                    return
                 index = next(index for index in self._wanted if index not in self._made)
             try:
                 made = self._make(index)
@@ -141,8 +155,8 @@ def stored(sample: LatentBatch) -> LatentBatch:
 def joined(samples: Sequence[LatentBatch], device: str) -> LatentBatch:
     """Stored samples of one size as one batch, fp32."""
     return LatentBatch(
-        torch.cat([sample.latents for sample in samples]).to(device).float(),
-        torch.cat([sample.channels for sample in samples]).to(device).float(),
+        torch.cat([sample.latents.to(device).float() for sample in samples]),
+        torch.cat([sample.channels.to(device).float() for sample in samples]),
         [prompt for sample in samples for prompt in sample.prompts],
     )
 
