@@ -32,7 +32,8 @@ from .muon import Muon, layer_weights
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
-FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips", "curve")
+# What a run began with matters no more once it has a checkpoint.
+FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips", "curve", "task.start")
 Parts = Mapping[str, float | Tensor]
 
 
@@ -199,9 +200,9 @@ class _Run:
 
     def identity(self) -> Record:
         """What a checkpoint and the run that resumes it must share, as JSON gives it back."""
-        config = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        settings = dict(getattr(self.task, "settings", {}))
-        return json.loads(json.dumps({**config, **{f"task.{name}": value for name, value in settings.items()}}))
+        settings = {f"task.{name}": value for name, value in dict(getattr(self.task, "settings", {})).items()}
+        shared = {name: value for name, value in {**asdict(self.config), **settings}.items() if name not in FREE}
+        return json.loads(json.dumps(shared))
 
     def save(self) -> None:
         """Write the checkpoint beside the old one, then rename."""
