@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # One source of truth for what is checked: the same folders everywhere.
-CODE := __init__.py kernels engine runtime training benchmarks tests examples docs
+CODE := __init__.py kernels engine export runtime training benchmarks tests examples docs
 export PYTHONSAFEPATH = 1
 
 .PHONY: setup setup-dev demo train-nano test test-all test-gpu lint fmt type docs clean

@@ -5,6 +5,7 @@ A graph module takes tensors in the order of its spec and returns a tuple in tha
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, cast
 
 import torch
@@ -192,6 +193,7 @@ def _vae_graphs(name: str, weights: str, stage: StageConfig, direction: Directio
     return graphs
 
 
+@lru_cache
 def cache_shapes(config: VAEConfig, direction: Direction, height: int, width: int) -> VaeCache:
     """Meta tensors of the caches of one stream for pixels of height x width, in order."""
     with torch.device("meta"), torch.inference_mode():

@@ -73,9 +73,7 @@ def _wan(name: str, frames: int) -> Profile:
 def _nano_vae() -> VAEConfig:
     """8x8x4 with 16 channels, its convolutions at half the resolution and below: small, so that a laptop is enough."""
     mean, std = _plain(16)
-    return VAEConfig(
-        16, 32, 32, mean, std, mult=(1, 2, 2), res_blocks=1, temporal=(True, True), patch=2, residual=True
-    )
+    return VAEConfig(16, 32, 32, mean, std, mult=(1, 2, 2), res_blocks=1, temporal=(True, True), patch=2, residual=True)
 
 
 def _nano() -> Profile:

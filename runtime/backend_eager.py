@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.graphs import Graph, profile_graphs
+from ..engine.manifest import Precision
 from ..engine.profile import Profile
 from ..engine.spec import Executable, Feed, GraphSpec, check_feed
 from .devices import computes_bf16
@@ -38,13 +39,13 @@ def open_eager(profile: Profile, weights: Mapping[str, nn.Module], dtype: torch.
     }
 
 
-def precisions(device: torch.device) -> tuple[str, ...]:
+def precisions(device: torch.device) -> tuple[Precision, ...]:
     """What eager runs in, the best first."""
     return ("bf16", "fp32", "fp16") if computes_bf16(device) else ("fp32", "bf16", "fp16")
 
 
 def versions() -> dict[str, str]:
-    return {"torch": torch.__version__}
+    return {"torch": str(torch.__version__)}
 
 
 def arch(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from ..engine.errors import MediaError
 from ..engine.profile import Profile, nearest_multiple, size_grid
 from ..engine.segments import plan_segments
+from .cli_bundle import backend_words, base_profile, bundle_device, bundle_paths, default_bundle, open_models
 from .cli_options import (
     PATH,
     Device,
@@ -27,8 +28,8 @@ from .cli_progress import show_progress
 from .contact_sheet import ContactSheet
 from .fingerprints import fingerprints
 from .image import IMAGE_SUFFIXES, check_target, fit_image, load_image
-from .model_paths import ModelPaths, find_models, fit_profile
-from .models import Loaded, load_models
+from .model_paths import ModelPaths, fit_profile
+from .models import Loaded
 from .session import OnProgress, Request, Session
 from .sidecar import Run, describe, describe_profile, dtype_name, record_path, write_json
 from .video import VIDEO_SUFFIXES, VideoWriter
@@ -48,13 +49,16 @@ PROFILE_KEYS = (
 @click.option("--fit", type=click.Choice(["crop", "pad"]), default="crop", show_default=True, help="Fit of the image.")
 @profile_options
 @model_options
+@click.option("--bundle", type=PATH, help="Run this compiled bundle; its profile is the default one then.")
 @click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--contact-sheet", type=PATH, help="Also write a PNG with frames of the whole clip.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
 def generate(
+    context: click.Context,
     image: Path,
     output: Path,
     prompt: str,
@@ -64,6 +68,7 @@ def generate(
     profile_name: str,
     model_dir: Path | None,
     loras: tuple,
+    bundle: Path | None,
     device: str,
     dtype: str,
     contact_sheet: Path | None,
@@ -75,17 +80,18 @@ def generate(
     """Make a clip from IMAGE: OUT.mp4, and OUT.mp4.json that says how it was made."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     _check_targets(image, output, contact_sheet)
-    profile = make_profile(profile_name, {key: rest.pop(key) for key in PROFILE_KEYS})
-    paths = find_models(profile, model_dir, make_paths(rest, loras))
-    place, number = pick_device(device, dtype)
+    profile = make_profile(base_profile(context, profile_name, bundle), {key: rest.pop(key) for key in PROFILE_KEYS})
+    paths = bundle_paths(profile, model_dir, make_paths(rest, loras), bundle)
+    place, number = pick_device(bundle_device(bundle, device, dtype), dtype)
     picture = load_image(image)
     frame = fit_image(picture, profile.width, profile.height, fit)
     _note_shape(console, picture, profile, fit)
     if dry_run:
-        _print_plan(profile, paths, place, number, as_json)
+        _print_plan(profile, paths, place, number, bundle, as_json)
         return
     started = time.perf_counter()
-    loaded = load_models(profile, paths, place, number, cache_folder())
+    bundle = bundle or default_bundle(profile, paths, place, dtype, console)
+    loaded = open_models(bundle, profile, paths, place, number)
     hashes = fingerprints(paths, loaded, cache_folder())
     _note_run(console, loaded)
     loading = time.perf_counter() - started
@@ -148,7 +154,7 @@ def _note_run(console: Console, loaded: Loaded) -> None:
     profile = loaded.profile
     console.print(
         f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {loaded.device}, "
-        f"{dtype_name(loaded.dtype)}, eager PyTorch"
+        f"{dtype_name(loaded.dtype)}, {backend_words(loaded)}"
     )
     if not loaded.trained:
         console.print(
@@ -158,7 +164,9 @@ def _note_run(console: Console, loaded: Loaded) -> None:
         )
 
 
-def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype: torch.dtype, as_json: bool) -> None:
+def _print_plan(
+    profile: Profile, paths: ModelPaths, device: torch.device, dtype: torch.dtype, bundle: Path | None, as_json: bool
+) -> None:
     if paths.trained or profile.text.kind == "words":
         profile = fit_profile(profile, paths)
     segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
@@ -169,6 +177,7 @@ def _print_plan(profile: Profile, paths: ModelPaths, device: torch.device, dtype
         "weights": {name: str(path) for name, path in paths.given.items()} or {"all": missing},
         "device": str(device),
         "dtype": dtype_name(dtype),
+        **({} if bundle is None else {"bundle": str(bundle)}),
     }
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "plan": plan}, ensure_ascii=False))

@@ -13,6 +13,7 @@ import torch
 from ..engine.errors import EnvironmentMismatch
 from ..engine.presets import PROFILES, get_profile
 from ..engine.profile import Profile
+from . import backend_cache
 from .devices import best_dtype
 from .model_paths import Lora, ModelPaths
 
@@ -122,10 +123,10 @@ def _apply(options: list, command: Callable) -> Callable:
     return command
 
 
-def make_profile(name: str, overrides: dict[str, Any]) -> Profile:
-    """The named profile with the overrides that are not None."""
+def make_profile(name: str | Profile, overrides: dict[str, Any]) -> Profile:
+    """The profile, by its name or itself, with the overrides that are not None."""
     later = {key: overrides.pop(key) for key in ("stage2_init", "strength")}
-    profile = get_profile(name).override(**overrides)
+    profile = (get_profile(name) if isinstance(name, str) else name).override(**overrides)
     return replace(profile, **{key: value for key, value in later.items() if value is not None})
 
 
@@ -145,7 +146,4 @@ def pick_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def cache_folder() -> Path:
     """Where caches go: $SWIFTI2V_CACHE, else swifti2v in the user's cache folder."""
-    if own := os.environ.get("SWIFTI2V_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "swifti2v"
+    return backend_cache.cache_folder(os.environ)

@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..engine.manifest import MANIFEST
 from ..engine.presets import PROFILES
 from ..engine.weights import convert as convert_pickle
+from .cli_bundle import show_bundle
 from .cli_options import PATH, cache_folder
 from .devices import computes_bf16
 from .inspection import describe_checkpoint
@@ -27,7 +29,10 @@ from .video import has_x264
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what a checkpoint is: kind, layout, sizes, dtypes. Reads headers only."""
+    """Say what a checkpoint or a bundle is: kind, layout, sizes, dtypes. Reads headers and manifests only."""
+    if (path / MANIFEST).is_file():
+        show_bundle(path, as_json)
+        return
     items = [item for item in sorted(path.iterdir()) if _is_checkpoint(item)] if path.is_dir() else []
     # A folder of one model may hold shards; a folder of several models holds each as a file or a folder.
     several = len(items) > 1 and not list(path.glob("*.index.json"))

@@ -6,6 +6,7 @@ One session serves one request at a time; sessions share nothing, so a worker op
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -22,6 +23,7 @@ from ..engine.stage1 import expert_of, image_condition, run_stage1
 from ..engine.stage2 import run_segment, start_state
 from ..engine.state import Conditions, SegmentState
 from .backend_eager import open_eager
+from .bundle import load_bundle, open_graphs
 from .conditioning import PromptEncoder
 from .image import to_frames, to_tensor
 from .models import Loaded
@@ -99,9 +101,13 @@ class Session:
         self._image_encoder = image_encoder
 
     @classmethod
-    def open(cls, loaded: Loaded) -> "Session":
-        """An eager session on the models that `load_models` gives."""
-        graphs = open_eager(loaded.profile, loaded.modules, loaded.dtype)
+    def open(cls, source: Loaded | Path | str) -> "Session":
+        """A session on what `load_models` or `load_bundle` gives, or on the bundle in a folder."""
+        loaded = source if isinstance(source, Loaded) else load_bundle(source)
+        if loaded.bundle is None:
+            graphs = open_eager(loaded.profile, loaded.modules, loaded.dtype)
+        else:
+            graphs = open_graphs(loaded)
         return cls(loaded.profile, graphs, loaded.prompts, loaded.device, loaded.image_encoder)
 
     def __enter__(self) -> "Session":

@@ -1,29 +1,32 @@
 """What the tests of bundles share: building them, spoiling them, catching refusals."""
 
+import io
 import os
 import re
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from swifti2v.engine.errors import SwiftError
 from swifti2v.engine.manifest import Bundle, Precision, read_bundle, write_manifest
 from swifti2v.engine.presets import get_profile
+from swifti2v.export import cli as export_cli
 from swifti2v.export.build import build_bundle
+from swifti2v.runtime import cli as runtime_cli
 from swifti2v.runtime.backend_weights import open_source
 
-COMMANDS = {
-    "swifti2v": "from swifti2v.runtime.cli import main; main()",
-    "swifti2v-export": "from swifti2v.export.cli import main; main()",
-}
+MAINS = {"swifti2v": runtime_cli.main, "swifti2v-export": export_cli.main}
 
 
-def build(folder: Path, backend: str = "eager", precision: Precision = "fp32", names: list[str] | None = None) -> Bundle:
+def build(
+    folder: Path, backend: str = "eager", precision: Precision = "fp32", names: list[str] | None = None
+) -> Bundle:
     """A bundle of the tiny profile with untrained weights."""
     return build_bundle(open_source(get_profile("tiny"), precision=precision), backend, folder, names)
 
@@ -51,8 +54,25 @@ def refused(call: Callable[[], Any], *words: str, kind: type[SwiftError] = Swift
     return text
 
 
-def command(name: str, *arguments: object, cache: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run one of our commands as a user does, with a cache of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "SWIFTI2V_CACHE": str(cache)}
-    line = [sys.executable, "-c", COMMANDS[name], *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment, **options)
+@dataclass(frozen=True)
+class Ran:
+    """What a command gave back."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(name: str, *arguments: object, cache: Path) -> Ran:
+    """Run one of our commands to its exit, in this process: starting one takes longer than most of them run."""
+    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.dict(os.environ, {"SWIFTI2V_CACHE": str(cache)}),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        MAINS[name]([str(argument) for argument in arguments])
+    signal.signal(signal.SIGTERM, handler)
+    code = ended.value.code
+    return Ran(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())

@@ -92,7 +92,7 @@ def test_the_schema_says_the_same(plain: dict):
         (("precision",), "int8", ["manifest.precision", "'fp32', 'bf16', 'fp16'"]),
         (("profile", "frames"), 33.0, ["profile.frames", "got 33.0, want int"]),
         (("profile", "frames"), True, ["profile.frames", "got True, want int"]),
-        (("profile", "frames"), 34, ["frames: got 34", "the nearest is 33"]),
+        (("profile", "frames"), 34, ["frames: got 34", "want 4k+1"]),
         (("profile", "stage1", "vae", "mean"), "0", ["vae.mean", "want a list"]),
         (("profile", "stage1", "dit", "depth"), 2, ["stage1.dit", "extra ['depth']"]),
         (("weights", "source"), "found", ["weights.source", "'shipped'"]),
@@ -126,12 +126,13 @@ def test_another_format_is_refused(whole: Bundle, plain: dict):
 
 def test_a_changed_byte_is_refused(whole: Bundle):
     text = (whole.folder / MANIFEST).read_text()
-    for old, new in (('"arch": "cpu"', '"arch": "gpu"'), ('"parity": 0.0', '"parity": 0.1'), ('"frames": 33', '"frames": 37')):
+    path = Path("b") / MANIFEST
+    for old, new in (('"arch": "cpu"', '"arch": "gpu"'), ('"parity": 0.0', '"parity": 0.1')):
         assert old in text
-        refused(lambda old=old, new=new: parse_manifest(text.replace(old, new), Path("b") / MANIFEST), "digest", REPAIR + "b")
+        refused(lambda old=old, new=new: parse_manifest(text.replace(old, new), path), "digest", REPAIR + "b")
     for cut in (0, 1, len(text) // 2, len(text) - 3):
-        refused(lambda cut=cut: parse_manifest(text[:cut], Path("b") / MANIFEST), "unreadable JSON", "-o b")
-    refused(lambda: parse_manifest("[]", Path("b") / MANIFEST), "got list")
+        refused(lambda cut=cut: parse_manifest(text[:cut], path), "unreadable JSON", "-o b")
+    refused(lambda: parse_manifest("[]", path), "got list")
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path):

@@ -1,0 +1,200 @@
+"""The command `swifti2v-export`: compiled bundles. Results on stdout, progress on stderr, one line for every error."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftError
+from ..engine.graphs import profile_graphs
+from ..engine.manifest import PRECISIONS, Precision, read_bundle
+from ..engine.presets import PROFILES, get_profile
+from ..engine.profile import Profile
+from ..runtime.backend_cache import bundle_place, cache_folder
+from ..runtime.backend_fit import device_of
+from ..runtime.backend_registry import find_backend
+from ..runtime.backend_weights import Source, open_source
+from .build import build_bundle
+from .builders import BUILDERS
+from .cli_progress import show_build
+from .part_folder import check_out
+from .plan import plan_build, shape_words
+from .verify import verify_graphs
+
+OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
+PATH = click.Path(path_type=Path)
+
+
+class Terminated(BaseException):
+    """SIGTERM as an exception, so that the build stops between two files."""
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="swifti2v")
+@click.option("--profile", "profile_name", default="nano", show_default=True, help=f"{', '.join(PROFILES)}.")
+@click.option("--frames", type=int, help="Length, 4k+1 frames.")
+@click.option("--size", help="Final size in pixels, WIDTHxHEIGHT.")
+@click.option("--noisy", type=int, help="M: latent blocks made at once.")
+@click.option("--neighbours", type=int, help="N: clean blocks before them.")
+@click.option("--weights", type=PATH, help="Folder with stage1, stage2, vae1, vae2 and text; the shipped ones if none.")
+@click.option("--backend", type=click.Choice(list(BUILDERS)), help="What to compile with.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="What the backend is best in, if none.")
+@click.option("--graphs", help="Only these graphs, separated by commas.")
+@click.option("-o", "--output", type=PATH, help="The bundle to write; the user's cache, where generate looks, if none.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+def cli(
+    context: click.Context,
+    profile_name: str,
+    size: str | None,
+    weights: Path | None,
+    backend: str | None,
+    precision: Precision | None,
+    graphs: str | None,
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **numbers: int | None,
+) -> None:
+    """Compile the graphs of a profile into a bundle that `swifti2v generate --bundle` runs.
+
+    An interrupted build goes on where it stopped when the same command is run again.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if backend is None:
+        raise click.UsageError(f"--backend: got none, want one of {', '.join(BUILDERS)}")
+    profile = get_profile(profile_name).override(**numbers, size=None if size is None else _size(size))
+    device = torch.device("cpu")
+    chosen = pick_precision(backend, precision, device)
+    names = None if graphs is None else [name.strip() for name in graphs.split(",") if name.strip()]
+    if dry_run:
+        _print_plan(profile, backend, chosen, names, as_json)
+        return
+    if output is not None:
+        check_out(output)
+    cache = cache_folder(os.environ)
+    source = open_source(profile, weights, chosen, device, cache)
+    out = output or default_place(cache, source, backend)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    with show_build(console, quiet) as on_progress:
+        bundle = build_bundle(source, backend, out, names, on_progress)
+    if as_json:
+        worst = max(record.parity for record in bundle.manifest.graphs.values())
+        facts = {"bundle": str(out), "digest": bundle.manifest.digest, "graphs": len(bundle.manifest.graphs)}
+        _print_result({**facts, "seconds": bundle.manifest.seconds, "parity": worst})
+    else:
+        click.echo(str(out))
+
+
+@cli.command()
+@click.argument("path", type=PATH, metavar="BUNDLE")
+@click.option("--weights", type=PATH, help="Folder with the weights it was built from; the shipped ones if none.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def verify(path: Path, weights: Path | None, as_json: bool) -> None:
+    """Check every file of BUNDLE, and run every graph beside eager."""
+    bundle = read_bundle(path)
+    manifest, device = bundle.manifest, device_of(bundle)
+    source = open_source(manifest.profile, weights, manifest.precision, device, cache_folder(os.environ))
+    errors = {}
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=as_json)
+    for name, error in verify_graphs(bundle, source):
+        console.print(f"{name}: error {error:.1e}, {manifest.graphs[name].parity:.1e} when it was built")
+        errors[name] = error
+    if as_json:
+        _print_result({"bundle": str(path), "digest": manifest.digest, "parity": errors})
+    else:
+        click.echo(f"{path}: {len(errors)} graphs are whole and equal eager in {manifest.precision}")
+
+
+def pick_precision(backend: str, asked: Precision | None, device: torch.device) -> Precision:
+    """The precision asked for, if the backend has it there, else the one it is best in."""
+    has = find_backend(backend).precisions(device)
+    if asked is not None and asked not in has:
+        raise ProfileError(
+            f"precision: got {asked}, want one of {', '.join(has)} for {backend} on {device.type}; pass one of these"
+        )
+    return asked or has[0]
+
+
+def default_place(cache: Path, source: Source, backend: str) -> Path:
+    """Where `swifti2v generate` looks for a bundle of these."""
+    specs = [graph.spec for graph in profile_graphs(source.profile, PRECISIONS[source.precision]).values()]
+    arch = find_backend(backend).arch(source.device)
+    return bundle_place(cache, source.profile.name, backend, source.precision, arch, source.record, specs)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 ok, 1 failed, 2 usage, 3 this machine does not fit, 130 and 143 signals."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(cli.main(arguments, prog_name="swifti2v-export", standalone_mode=False) or OK)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(USAGE)
+    except Exception as error:
+        code, text = _explain(error)
+    except (KeyboardInterrupt, Terminated) as error:
+        code, text = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (143, "terminated")
+    if "--json" in arguments:
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            click.echo(json.dumps({"ok": False, "exit_code": code, "error": text}))
+    click.echo("swifti2v-export: " + " ".join(text.split()), err=True)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error; what nobody foresaw is shown with its traceback too."""
+    if isinstance(error, (click.Abort, Cancelled)):
+        return 130, "interrupted"
+    if isinstance(error, click.ClickException):
+        return USAGE, f"{error.format_message()} (see swifti2v-export --help)"
+    if isinstance(error, SwiftError):
+        codes = {ProfileError: USAGE, EnvironmentMismatch: ENVIRONMENT}
+        return codes.get(type(error), FAILED), str(error)
+    if isinstance(error, OSError):
+        return FAILED, f"file system: got '{error}', want to go on; check the disk and its permissions"
+    traceback.print_exception(error)
+    return FAILED, f"internal error: got {type(error).__name__}, want none; please report it with the lines above"
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise click.UsageError(f"--size: got {text!r}, want WIDTHxHEIGHT such as 512x320")
+    return int(width), int(height)
+
+
+def _print_plan(profile: Profile, backend: str, precision: Precision, names: list[str] | None, as_json: bool) -> None:
+    plan = plan_build(profile, precision, names)
+    if as_json:
+        graphs = {graph.spec.name: {"shape": shape_words(graph.spec), "bytes": graph.bytes} for graph in plan.graphs}
+        _print_result({"backend": backend, "precision": precision, "graphs": graphs, "memory": plan.memory})
+        return
+    table = Table("graph", "shape", "about", title=f"{profile.name}, {backend}, {precision}", title_justify="left")
+    for graph in plan.graphs:
+        table.add_row(graph.spec.name, shape_words(graph.spec), f"{graph.bytes / 1e6:,.2f} MB")
+    Console(soft_wrap=True).print(table)
+    click.echo(f"weights in memory while building: about {plan.memory / 1e9:,.2f} GB")
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    click.echo(json.dumps({"ok": True, "exit_code": 0, "result": result}))
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    raise Terminated

@@ -1,0 +1,71 @@
+"""AOTInductor packages: torch.export, attention written out, weights frozen into the code."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..engine.errors import EnvironmentMismatch
+from ..runtime.backend_inductor import memory_format
+from .job import Job
+
+# Without the first, weights are not prepacked; without the second, the thread count of the build would be built in.
+CONFIG = {"freezing": True, "cpp.dynamic_threads": True}
+
+
+def build(job: Job, folder: Path) -> None:
+    """Write model.pt2."""
+    _require_compiler()
+    spec = job.graph.spec
+    inputs = tuple(
+        value.contiguous(memory_format=memory_format(spec, tensor))
+        for value, tensor in zip(job.inputs(), spec.inputs, strict=True)
+    )
+    with torch.no_grad():  # inference mode does not go through the compiler
+        program = torch.export.export(job.module(), inputs, strict=False)
+        table = torch.export.default_decompositions()
+        table[torch.ops.aten.scaled_dot_product_attention.default] = plain_attention
+        torch._inductor.aoti_compile_and_package(
+            program.run_decompositions(table), package_path=str(folder / "model.pt2"), inductor_configs=CONFIG
+        )
+
+
+def built_with() -> dict[str, str]:
+    """Packages that have a hand in the artifact, and need not be there where it runs."""
+    return {}
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001
+    is_causal: bool = False,  # noqa: ARG001
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # noqa: ARG001
+) -> Tensor:
+    """Attention of q [B, heads, Lq, D] as two products around an exponential, by which Inductor does not know it.
+
+    What it knows as attention it calls from torch, whose CPU kernel is several times slower in bf16.
+    """
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # [B, heads, Lq, Lk]
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return (weights @ v) / weights.sum(dim=-1, keepdim=True)
+
+
+def _require_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:  # torch has an error of its own for it
+        raise EnvironmentMismatch(
+            f"C++ compiler: got none ({' '.join(str(error).split())[:100]}), want one for Inductor; install g++"
+        ) from error
+    if shutil.which(compiler) is None:
+        raise EnvironmentMismatch(f"C++ compiler: got {compiler}, which is not there, want one; install g++")

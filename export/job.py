@@ -1,0 +1,30 @@
+"""One graph to compile, as every builder gets it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.graphs import Graph
+from ..engine.manifest import Precision
+from .parity import sample_feed
+
+
+@dataclass(frozen=True)
+class Job:
+    """A graph, the weights it runs on, and what is wanted of the artifact."""
+
+    graph: Graph
+    weights: nn.Module
+    sha256: str  # of the weights
+    precision: Precision
+    device: torch.device
+
+    def module(self) -> nn.Module:
+        """The eager module, which leaves donated inputs alone."""
+        return self.graph.build(self.weights, False).eval()
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Example inputs in the spec's order."""
+        feed = sample_feed(self.graph.spec, self.device)
+        return tuple(feed[tensor.name] for tensor in self.graph.spec.inputs)

@@ -1,0 +1,88 @@
+"""Feeds made from a spec, and how far a compiled graph is from eager on them."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.errors import NumericsError
+from ..engine.graphs import Graph
+from ..engine.manifest import Precision
+from ..engine.sampler import TIMESTEPS
+from ..engine.spec import Executable, GraphSpec, TensorSpec
+
+LIMIT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}  # the largest relative error that needs no second look
+
+
+def sample_feed(spec: GraphSpec, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+    """A feed of plausible values for a spec, the same every time."""
+    generator = torch.Generator().manual_seed(seed)
+    return {tensor.name: _sample(tensor, generator).to(device) for tensor in spec.inputs}
+
+
+def _sample(tensor: TensorSpec, generator: torch.Generator) -> Tensor:
+    shape = tensor.shape
+    if tensor.dtype == torch.int64:  # rows of a table of two
+        return torch.randint(0, 2, shape, generator=generator)
+    if tensor.dtype == torch.bool:  # every query sees something
+        return torch.ones(shape, dtype=torch.bool).tril()
+    if tensor.name == "timesteps":
+        return TIMESTEPS * torch.rand(shape, generator=generator)
+    return torch.randn(shape, generator=generator).to(tensor.dtype)
+
+
+def parity_error(
+    executable: Executable, graph: Graph, weights: nn.Module, precision: Precision, device: torch.device | str = "cpu"
+) -> float:
+    """The largest relative error (in L2, of one output) of an executable against eager in the same precision.
+
+    NumericsError for outputs that are not finite or not as the spec says, and for an error that is not rounding: more
+    than the limit, and in 16 bits also more than one and a half times as far from fp32 as eager itself.
+    """
+    spec = graph.spec
+    feed = sample_feed(spec, device)
+    eager = _run(graph, weights, feed)
+    with torch.inference_mode():
+        got = executable({name: tensor.clone() for name, tensor in feed.items()})  # donated ones may be written to
+    for tensor in spec.outputs:
+        value = got[tensor.name]
+        if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype or not bool(torch.isfinite(value).all()):
+            raise NumericsError(
+                f"{spec.name}.{tensor.name}: got {tuple(value.shape)} {value.dtype}, "
+                f"want finite {tensor.shape} {tensor.dtype}; report it"
+            )
+    error = _distance(got, eager)
+    if error > LIMIT[precision] and not _is_rounding(got, eager, graph, weights, feed):
+        raise NumericsError(
+            f"{spec.name}: got a relative error of {error:.1e} against eager, want at most {LIMIT[precision]:.0e} in "
+            f"{precision}; report it, and use another backend or a wider --precision meanwhile"
+        )
+    return error
+
+
+def _is_rounding(
+    got: Mapping[str, Tensor], eager: Mapping[str, Tensor], graph: Graph, weights: nn.Module, feed: Mapping[str, Tensor]
+) -> bool:
+    """Whether outputs are about as near as eager's to what fp32 gives. Asked rarely: it widens the weights."""
+    exact = _run(graph, copy.deepcopy(weights).float(), _widened(feed))
+    return _distance(got, exact) <= 1.5 * _distance(eager, exact)
+
+
+def _run(graph: Graph, weights: nn.Module, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        outputs = graph.build(weights, False)(*(feed[tensor.name] for tensor in graph.spec.inputs))
+    return {tensor.name: output for tensor, output in zip(graph.spec.outputs, outputs, strict=True)}
+
+
+def _widened(feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in feed.items()}
+
+
+def _distance(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """The largest relative L2 distance of a tensor; absolute for one that is zero."""
+    errors = []
+    for name, tensor in want.items():
+        scale = tensor.double().norm()
+        errors.append(float((got[name].double() - tensor.double()).norm() / (scale if scale > 0 else 1)))
+    return max(errors)

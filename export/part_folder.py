@@ -1,0 +1,113 @@
+"""The folder that a bundle grows in: one process at a time, finished graphs kept, renamed when it is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..engine.errors import BundleError, SwiftError
+from ..engine.manifest import MANIFEST, PART, GraphRecord, Manifest, damage, read_bundle, write_manifest, write_text
+from ..engine.plain import PlainError, from_plain, to_plain
+
+RECORDS = "finished"  # one record for every graph that is done
+Finished = tuple[Path, GraphRecord]  # a graph's record, and the folder that its artifacts lie in
+
+
+def check_out(out: Path) -> None:
+    """Refuse to replace what is not a bundle."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise BundleError(f"{out}: got something that is no bundle, want a new folder or a bundle; choose another -o")
+
+
+@contextmanager
+def part_folder(out: Path) -> Iterator[Path]:
+    """The .part folder of a bundle, held by one process; what it holds of earlier builds is still there."""
+    part = out.with_name(out.name + PART)
+    (part / RECORDS).mkdir(parents=True, exist_ok=True)
+    with _held(part):
+        yield part
+
+
+def finished_graphs(folder: Path) -> dict[str, Finished]:
+    """The graphs of a bundle, or of a build that was interrupted. Damaged records are left out, to be built anew."""
+    if (folder / MANIFEST).is_file():
+        with suppress(SwiftError):
+            return {name: (folder, record) for name, record in read_bundle(folder).manifest.graphs.items()}
+    found = {}
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        with suppress(PlainError, ValueError, OSError):
+            record = from_plain(GraphRecord, json.loads(path.read_text(encoding="utf-8")), path.name)
+            found[record.spec.name] = (folder, record)
+    return found
+
+
+def keep_graph(part: Path, finished: Finished) -> bool:
+    """Take a finished graph over into the folder; False if an artifact is missing or damaged."""
+    folder, record = finished
+    if any(damage(folder, artifact) for artifact in record.artifacts):
+        return False
+    if folder != part:
+        target = part / record.spec.name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folder / record.spec.name, target, copy_function=_link_or_copy)
+    write_record(part, record)
+    return True
+
+
+def put_graph(part: Path, work: Path, record: GraphRecord) -> None:
+    """Take artifacts in from the folder `work`. The record comes last: where it is, the graph is done."""
+    target = part / record.spec.name
+    (part / RECORDS / f"{record.spec.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+    write_record(part, record)
+
+
+def write_record(part: Path, record: GraphRecord) -> None:
+    write_text(part / RECORDS / f"{record.spec.name}.json", json.dumps(to_plain(record), indent=2))
+
+
+def finish(part: Path, out: Path, manifest: Manifest) -> None:
+    """Make the .part folder the bundle. An older bundle stays until then."""
+    for path in part.iterdir():
+        if path.name not in (*manifest.graphs, RECORDS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_manifest(part, manifest)
+    shutil.rmtree(part / RECORDS)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.is_dir():
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder; it goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no locks on folders
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino
+        except BlockingIOError:
+            mine = False
+        if not mine:  # or another process finished and renamed it just now
+            raise BundleError(f"{folder}: got another build at work, want none; wait for it, or choose another -o")
+        yield
+    finally:
+        os.close(handle)
