@@ -106,7 +106,7 @@ PHASES: dict[str, Phase] = {
         Stage1Config(),
     ),
     "stage2": DitPhase(
-        TrainConfig(1500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
+        TrainConfig(900, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(2, 384, 256), 16, 20.0, 0.85), Samples(Crops(2, 512, 320), 4, 20.0, 0.15)),
         Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
     ),
