@@ -1,23 +1,11 @@
 """The command `swifti2v-bench`: measured results on stdout, progress on stderr, one line for every error."""
 
-import contextlib
-import json
-import signal
-import sys
-import traceback
-from types import FrameType
 from typing import NoReturn
 
 import click
 
-from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftError
+from ..runtime.cli_main import run
 from .cli_quality import quality
-
-OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-
-
-class Terminated(BaseException):
-    """SIGTERM as an exception, so that half-written files are removed on the way out."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,42 +18,5 @@ cli.add_command(quality)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 ok, 1 failed, 2 usage, 3 this machine does not fit, 130 and 143 signals.
-
-    A gate that is missed is a result, not an error.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        sys.exit(cli.main(arguments, prog_name="swifti2v-bench", standalone_mode=False) or OK)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(USAGE)
-    except Exception as error:
-        code, text = _explain(error)
-    except (KeyboardInterrupt, Terminated) as error:
-        code, text = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (143, "terminated")
-    if "--json" in arguments:
-        with contextlib.suppress(OSError):  # stdout may be what failed
-            click.echo(json.dumps({"ok": False, "exit_code": code, "error": text}))
-    click.echo("swifti2v-bench: " + " ".join(text.split()), err=True)
-    sys.exit(code)
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    """Exit code and one line for an error; what nobody foresaw is shown with its traceback too."""
-    if isinstance(error, (click.Abort, Cancelled)):
-        return 130, "interrupted"
-    if isinstance(error, click.ClickException):
-        return USAGE, f"{error.format_message()} (see swifti2v-bench --help)"
-    if isinstance(error, SwiftError):
-        codes = {ProfileError: USAGE, EnvironmentMismatch: ENVIRONMENT}
-        return codes.get(type(error), FAILED), str(error)
-    if isinstance(error, OSError):
-        return FAILED, f"file system: got '{error}', want to go on; check the disk and its permissions"
-    traceback.print_exception(error)
-    return FAILED, f"internal error: got {type(error).__name__}, want none; please report it with the lines above"
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    raise Terminated
+    """Run the command line and exit. A gate that is missed is a result, not an error."""
+    run(cli, "swifti2v-bench", arguments)
