@@ -18,6 +18,7 @@ from ..engine.presets import PROFILES
 from ..engine.weights import convert as convert_pickle
 from .cli_bundle import show_bundle
 from .cli_options import PATH, cache_folder
+from .cuda_probe import probe_driver
 from .devices import computes_bf16
 from .inspection import describe_checkpoint
 from .model_paths import SHIPPED
@@ -53,6 +54,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple)) and not value:
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -100,6 +103,7 @@ def _facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_bf16": computes_bf16(torch.device("cpu")),
         "cuda_devices": cuda or "none",
+        "cuda_driver": probe_driver(),
         "default": f"{'cuda' if cuda else 'cpu'}, eager PyTorch",
         "h264": has_x264(),
         "cache": str(cache),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from swifti2v import Profile, Request, Session, get_profile, load_models
+from swifti2v.runtime.cuda_graphs import CapturedExecutable, capture_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +49,35 @@ def test_device_memory_does_not_grow_with_the_clip():
         frames(get_profile("nano").override(frames=length), "cuda", torch.bfloat16)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_captured_graphs_give_the_same_frames_and_only_device_work():
+    profile = get_profile("nano")
+    image = np.random.default_rng(0).integers(0, 256, (profile.height, profile.width, 3), np.uint8)
+    made = []
+    for captured in (False, True):
+        with Session.open(load_models(profile, device="cuda", dtype=torch.bfloat16)) as session:
+            if captured:
+                session.graphs = capture_steps(session.graphs, session.device)
+            request = Request(image, "slow zoom in")
+            clips = [np.concatenate([chunk.frames for chunk in session.generate(request)]) for _ in range(2)]
+            made.append(clips[1])
+            if captured:
+                step = session.graphs["stage2_next"]
+                assert isinstance(step, CapturedExecutable)
+                assert step.kernels()
+                assert not any("Host" in name for name in step.kernels())
+    assert np.array_equal(*made)
+
+
+def test_outputs_of_a_captured_graph_survive_the_next_call():
+    models = load_models(get_profile("tiny"), device="cuda", dtype=torch.float32)
+    with Session.open(models) as session:
+        graph = capture_steps(session.graphs, session.device)["stage2_next"]
+        feeds = [{t.name: torch.randn(t.shape, device="cuda").to(t.dtype) for t in graph.spec.inputs} for _ in range(5)]
+        for feed in feeds:
+            feed["rows"].zero_()
+        outputs = [graph(feed)["velocity"] for feed in feeds]
+        plain = session.graphs["stage2_next"]
+        for feed, output in zip(feeds, outputs, strict=True):
+            assert torch.allclose(output, plain(feed)["velocity"], atol=1e-5)
