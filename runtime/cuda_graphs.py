@@ -5,6 +5,7 @@ At 2K a step is seconds of work and launches are lost in it; at the size of `nan
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class CapturedExecutable:
     cloned from theirs, so the caller owns them. Captured graphs share the memory of `pool`: they run one after another.
     """
 
-    def __init__(self, inner: Executable, pool: object) -> None:
+    def __init__(self, inner: Executable, pool: Any) -> None:
         self.spec: GraphSpec = inner.spec
         self._inner: Executable | None = inner
         self._pool = pool
