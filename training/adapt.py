@@ -1,6 +1,6 @@
 """LoRA training of either stage of any profile on clips drawn over photographs: how a Wan-sized model is adapted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,13 @@ from ..engine.dit import DiT
 from ..engine.errors import WeightsError
 from ..engine.profile import Profile
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Crops, Pool, clip_batch, joined, photos_hash, stored
+from .batches import Crops, Samples, latent_pool, photos_hash
 from .clips import ClipConfig
-from .flow import ClipBatch, LatentBatch
 from .log import TrainingError
 from .lora import TARGETS, Lora, checkpoint_blocks
 from .stage1 import FixedText, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import TrainConfig, autocast, step_seed
+from .trainer import TrainConfig, step_seed
 from .transition import StageOne
 
 Stage = Literal["stage1", "stage2"]
@@ -75,6 +74,7 @@ def adapt_task(
     big, small = profile.stage2, profile.stage1
     clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
     crops = config.crops or Crops(train.batch, big.width, big.height)
+    samples = Samples(crops, config.window, config.reuse)
     vae1 = load_vae(models / "vae1", **here)
     torch.manual_seed(step_seed(train.seed, "lora"))
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
@@ -83,7 +83,7 @@ def adapt_task(
     if stage == "stage1":
         dit = _stage1(models, here)
         settings["models"] = fingerprint(models / "stage1", models / "vae1")
-        batch = _batch(photos, clips, crops, config, lambda clip, _: stage1_batch(vae1, clip))
+        batch = latent_pool(photos, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip), "sample")
         return LoraTask(Stage1Task(dit, text, batch, config.stage1, **settings), config)
     transition = config.stage2.transition
     one = StageOne(_stage1(models, here) if transition.probability else None, text, vae1)
@@ -95,7 +95,8 @@ def adapt_task(
             "reference a LoRA cannot learn to read it; pass a DiT trained with references"
         )
     settings["models"] = fingerprint(*(models / name for name in ("stage2", "vae1", "vae2")))
-    batch = _batch(photos, clips, crops, config, lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed))
+    learn = lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed)  # noqa: E731
+    batch = latent_pool(photos, clips, samples, train, learn, "sample")
     return LoraTask(Stage2Task(dit, text, batch, config.stage2, **settings), config)
 
 
@@ -129,21 +130,3 @@ def _text(models: Path, embeddings: Path | None, device: str) -> TextEncoder:
     if "prompt" not in tensors:
         raise TrainingError(f"{embeddings}: got {sorted(tensors)}, want a tensor `prompt`; see the README")
     return FixedText(tensors["prompt"].float()).to(device)
-
-
-def _batch(
-    photos: Sequence[np.ndarray],
-    clips: ClipConfig,
-    crops: Crops,
-    config: AdaptConfig,
-    learn: Callable[[ClipBatch, int], LatentBatch],
-) -> Callable[[int, int], LatentBatch]:
-    one, train = clip_batch(photos, clips, replace(crops, count=1), config.train.device), config.train
-
-    def make(index: int) -> LatentBatch:
-        seed = step_seed(train.seed, "sample", index)
-        with autocast(train):
-            return stored(learn(one(index, seed), seed))
-
-    pool = Pool(make, crops.count, config.window, config.reuse, train.steps)
-    return lambda step, seed: joined(pool(step, seed), train.device)

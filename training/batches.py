@@ -7,7 +7,7 @@ import atexit
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .clips import Clip, ClipConfig, make_clip
 from .flow import ClipBatch, LatentBatch
-from .trainer import step_seed
+from .trainer import TrainConfig, autocast, step_seed
 
 Made = TypeVar("Made")
 Photos = Sequence[np.ndarray]
@@ -145,6 +145,36 @@ class Pool(Generic[Made]):
             with self._changed:
                 self._made[index] = made
                 self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A pool of samples cut to one size, and its share of the steps."""
+
+    crops: Crops  # count: how many a step takes
+    window: int  # how many a step chooses from
+    reuse: float  # how often each is used, on average
+    share: float = 1.0
+
+
+def latent_pool(
+    photos: Photos,
+    clips: ClipConfig,
+    item: Samples,
+    train: TrainConfig,
+    learn: Callable[[ClipBatch, int], LatentBatch],
+    *names: int | str,
+) -> Callable[[int, int], LatentBatch]:
+    """Batches from a pool of encoded clips; `learn(clip, seed)` encodes one, `names` tell its seeds from others'."""
+    one = clip_batch(photos, clips, replace(item.crops, count=1), train.device)
+
+    def sample(index: int) -> LatentBatch:
+        seed = step_seed(train.seed, *names, index)
+        with autocast(train):
+            return stored(learn(one(index, seed), seed))
+
+    drawn = Pool(sample, item.crops.count, item.window, item.reuse, train.steps, item.share)
+    return lambda step, seed: joined(drawn(step, seed), train.device)
 
 
 def stored(sample: LatentBatch) -> LatentBatch:

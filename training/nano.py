@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
+from ..engine.profile import StageConfig
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Crops, Cuts, Pool, clip_batch, joined, mixed, photos_hash, stored, video_batch
+from .batches import Crops, Cuts, Pool, Samples, latent_pool, mixed, photos_hash, video_batch
 from .checkpoint import load_ema
 from .clips import ClipConfig
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
-from .trainer import Task, TrainConfig, autocast, ship, step_seed
+from .trainer import Task, TrainConfig, ship, step_seed
 from .transition import StageOne
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
@@ -38,16 +39,6 @@ CLIPS = ClipConfig(odds=ODDS)  # 512x320, 33 frames, low resolution 128x80: the 
 # Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
 LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2, odds=ODDS)
 STATISTICS_BATCHES = 40  # over which a finished VAE's latents are measured
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A pool of samples cut to one size, and its share of the steps."""
-
-    crops: Crops  # count: how many a step takes
-    window: int  # how many a step chooses from
-    reuse: float  # how often each is used, on average
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,14 +120,13 @@ def train_task(
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin), "photos": photos_hash(photos)}
     settings["clips"] = asdict(_clips(phase))
     if isinstance(phase, VaePhase):
-        stage = profile.stage1 if phase.low else profile.stage2
-        vae = new_vae(stage.vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
+        vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         return VaeTask(
             vae.requires_grad_(True).to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings
         )
     torch.manual_seed(seed)
-    stage = profile.stage1 if name == "stage1" else profile.stage2
+    stage = _stage(phase)
     dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
     if compiled:
         fuse(dit)
@@ -166,14 +156,14 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
     profile = get_profile("nano")
     if isinstance(phase, VaePhase):
-        vae = VAE((profile.stage1 if phase.low else profile.stage2).vae)
+        vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
         phase = replace(phase, train=replace(phase.train, device="cpu"))
         make = _videos(f"{name}/statistics", photos, phase)
         videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
         ship(finished(vae, videos), models / name)
         return
-    stage = profile.stage1 if name == "stage1" else profile.stage2
+    stage = _stage(phase)
     modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
     if name == "stage1":
         modules["text"] = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
@@ -182,9 +172,18 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
         ship(module, models / key)
 
 
+def _low(phase: Phase) -> bool:
+    """Whether the phase is one of Stage I, which sees the low resolution alone."""
+    return phase.low if isinstance(phase, VaePhase) else isinstance(phase.config, Stage1Config)
+
+
+def _stage(phase: Phase) -> StageConfig:
+    profile = get_profile("nano")
+    return profile.stage1 if _low(phase) else profile.stage2
+
+
 def _clips(phase: Phase) -> ClipConfig:
-    low = phase.low if isinstance(phase, VaePhase) else isinstance(phase.config, Stage1Config)
-    return LOW_CLIPS if low else CLIPS
+    return LOW_CLIPS if _low(phase) else CLIPS
 
 
 def _videos(name: str, photos: Photos, phase: VaePhase) -> Callable[[int, int], Tensor]:
@@ -203,17 +202,7 @@ def _pools(
     name: str, photos: Photos, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
 ) -> Callable[[int, int], LatentBatch]:
     """Batches from one pool for each size of samples; `learn(clip, seed)` encodes one clip."""
-    train = phase.train
-
-    def pool(item: Samples) -> Callable[[int, int], LatentBatch]:
-        one = clip_batch(photos, _clips(phase), replace(item.crops, count=1), train.device)
-
-        def sample(index: int) -> LatentBatch:
-            seed = step_seed(train.seed, name, item.crops.width, index)
-            with autocast(train):
-                return stored(learn(one(index, seed), seed))
-
-        drawn = Pool(sample, item.crops.count, item.window, item.reuse, train.steps, item.share)
-        return lambda step, seed: joined(drawn(step, seed), train.device)
-
-    return mixed([pool(item) for item in phase.samples], [item.share for item in phase.samples])
+    pools = [
+        latent_pool(photos, _clips(phase), item, phase.train, learn, name, item.crops.width) for item in phase.samples
+    ]
+    return mixed(pools, [item.share for item in phase.samples])
