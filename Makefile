@@ -31,11 +31,12 @@ demo: setup
 PHOTOS ?= build/photos
 TRAIN_FLAGS ?= --threads 1 --compile
 train-nano: setup-dev
-	for phase in vae1-short vae1 vae2-short vae2 stage1 stage2; do \
+	for phase in vae1-short vae1 vae2-short vae2 vae2-decoder stage1 stage2; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
-	mkdir -p weights/nano
-	for part in vae1 vae2 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
+	mkdir -p weights/nano/vae2
+	for part in vae1 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
+	cp -r build/nano/models/vae2-decoder/. weights/nano/vae2
 
 test: setup-dev lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"

@@ -72,6 +72,15 @@ def test_finished_vaes_have_latent_statistics(trained: Path):
     assert all(value > 0 for value in config["latents_std"])
 
 
+def test_a_decoder_learns_by_itself(trained: Path):
+    """What Stage II was trained on, the latents and their statistics, is the same to the bit."""
+    before, after = (load_vae(trained / "models" / name) for name in ("vae2", "vae2-decoder"))
+    assert before.config == after.config
+    same = {name: torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items()}
+    assert all(value for name, value in same.items() if name.startswith(("encoder.", "quant.")))
+    assert not all(value for name, value in same.items() if name.startswith("decoder."))
+
+
 def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
     """At a rate of almost nothing, what comes out is what went in, up to the rounding to bf16."""
     start = trained / "models"

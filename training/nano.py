@@ -50,6 +50,7 @@ class VaePhase:
     cuts: Cuts  # of the samples
     low: bool
     after: str | None = None  # the phase whose finished weights it begins with
+    decoder_only: bool = False  # the encoder stays, and so do the latents that DiTs were trained on
     loss: VaeLoss = field(default_factory=VaeLoss)
 
 
@@ -91,6 +92,14 @@ PHASES: dict[str, Phase] = {
         low=False,
         after="vae2-short",
     ),
+    "vae2-decoder": VaePhase(
+        TrainConfig(3000, 2, lr=2e-3, muon=0.005, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(2, 128, 128), 64, 12.0),
+        Cuts(2, 64, 33),
+        low=False,
+        after="vae2",
+        decoder_only=True,
+    ),
     "stage1": DitPhase(
         TrainConfig(1800, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(8, 256, 160), 32, 24.0, 0.75), Samples(Crops(8, 192, 128), 16, 24.0, 0.25)),
@@ -122,9 +131,11 @@ def train_task(
     if isinstance(phase, VaePhase):
         vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
-        return VaeTask(
-            vae.requires_grad_(True).to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings
-        )
+        vae.requires_grad_(True)
+        if phase.decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant.requires_grad_(False)
+        return VaeTask(vae.to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings)
     torch.manual_seed(seed)
     stage = _stage(phase)
     dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
@@ -156,6 +167,12 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
     profile = get_profile("nano")
     if isinstance(phase, VaePhase):
+        if phase.decoder_only:
+            assert phase.after is not None
+            vae = load_vae(models / phase.after, dtype=torch.float32)  # with the statistics of its latents
+            load_ema(folder / name, {"vae": vae})
+            ship(vae, models / name)
+            return
         vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
         phase = replace(phase, train=replace(phase.train, device="cpu"))
