@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import attention, rotate_half
-from ..kernels.norm import gated_residual, modulated_layer_norm, rms_norm
+from ..kernels.attention import attention
+from ..kernels.kernel_set import EAGER, KernelSet
+from ..kernels.norm import rms_norm
 from .profile import DiTConfig
 from .rope import rope_tables
 
@@ -51,6 +52,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """The projections that self- and cross-attention share."""
 
+    kernels: KernelSet = EAGER
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim = config.dim
@@ -65,8 +68,9 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, L, D] -> [B, heads, L, D/heads]
 
-    def merge(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)  # [B, heads, L, D/heads] -> [B, L, D]
+    def normed(self, x: Tensor, norm: RMSNorm, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """Norm, heads apart, rotation where there are tables. x [B, L, D] -> [B, heads, L, D/heads]."""
+        return self.kernels.norm_rope(x, norm.weight, cos, sin, self.heads, norm.eps)
 
 
 class SelfAttention(Attention):
@@ -74,11 +78,12 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, queries: int) -> Tensor:
         """x [B, L, D], the last `queries` tokens ask -> [B, queries, D]."""
-        q = self.split(self.norm_q(self.q(x[:, -queries:])))
-        k = self.split(self.norm_k(self.k(x)))
-        q = rotate_half(q, cos[-queries:], sin[-queries:])
-        k = rotate_half(k, cos, sin)
-        return self.o(self.merge(attention(q, k, self.split(self.v(x)), mask)))
+        q = self.normed(self.q(x[:, -queries:]), self.norm_q, cos[-queries:], sin[-queries:])
+        k = self.normed(self.k(x), self.norm_k, cos, sin)
+        v = self.split(self.v(x))
+        # A mask is for comparisons; only PyTorch's own attention takes one.
+        y = self.kernels.attend(q, k, v) if mask is None else attention(q, k, v, mask).transpose(1, 2)
+        return self.o(y.flatten(2))  # [B, queries, heads, D/heads] -> [B, queries, D]
 
 
 class CrossAttention(Attention):
@@ -93,22 +98,24 @@ class CrossAttention(Attention):
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text [B, tokens, D] -> keys and values [B, heads, tokens, D/heads]."""
-        return self.split(self.norm_k(self.k(text))), self.split(self.v(text))
+        return self.normed(self.k(text), self.norm_k), self.split(self.v(text))
 
     def image_kv(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, tokens, D] -> keys and values [B, heads, tokens, D/heads]."""
-        return self.split(self.norm_k_img(self.k_img(image))), self.split(self.v_img(image))
+        return self.normed(self.k_img(image), self.norm_k_img), self.split(self.v_img(image))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None) -> Tensor:
-        q = self.split(self.norm_q(self.q(x)))
-        y = attention(q, k, v)
+        q = self.normed(self.q(x), self.norm_q)
+        y = self.kernels.attend(q, k, v)  # [B, L, heads, D/heads]
         if image_k is not None and image_v is not None:
-            y = y + attention(q, image_k, image_v)
-        return self.o(self.merge(y))
+            y = y + self.kernels.attend(q, image_k, image_v)
+        return self.o(y.flatten(2))  # -> [B, L, D]
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward; `keep` blocks at the window's end leave it."""
+
+    kernels: KernelSet = EAGER
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -134,21 +141,20 @@ class Block(nn.Module):
         tokens = keep * x.shape[2]
         shift1, scale1, _, _, _, _ = rows.unbind(2)  # each [B, T, D]
         _, _, gate1, shift2, scale2, gate2 = rows[:, -keep:].unbind(2)  # each [B, keep, D]
-        y = modulated_layer_norm(x, scale1, shift1, self.eps).flatten(1, 2)  # [B, T, S, D] -> [B, L, D]
+        y = self.kernels.modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2)  # [B, T, S, D] -> [B, L, D]
         x = x[:, -keep:]
         shape = x.shape
-        y = self.self_attn(y, *rope, mask, tokens)
-        x = gated_residual(x, y.view(shape), gate1)  # [B, keep*S, D] -> [B, keep, S, D]
-        y = F.layer_norm(
-            x.float(), self.norm3.normalized_shape, self.norm3.weight.float(), self.norm3.bias.float(), self.eps
-        )
-        y = self.cross_attn(y.to(x.dtype).flatten(1, 2), *kv)
-        x = x + y.view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
-        return gated_residual(x, self.ffn(modulated_layer_norm(x, scale2, shift2, self.eps)), gate2)
+        y = self.self_attn(y, *rope, mask, tokens).view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
+        x, y = self.kernels.residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps)
+        y = self.cross_attn(y.flatten(1, 2), *kv).view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
+        x, y = self.kernels.residual_norm(x, y, None, scale2, shift2, self.eps)
+        return self.kernels.gated_residual(x, self.ffn(y), gate2)
 
 
 class Head(nn.Module):
     """The last norm and the projection back to latent patches."""
+
+    kernels: KernelSet = EAGER
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -159,7 +165,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """x [B, T, S, D], rows [B, T, 2, D] -> [B, T, S, 4*C]."""
         shift, scale = rows.unbind(2)
-        return self.head(modulated_layer_norm(x, scale, shift, self.eps))
+        return self.head(self.kernels.modulated_norm(x, scale, shift, self.eps))
 
 
 class ImageEmbedding(nn.Module):
