@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
     "export": {"export", "engine", "kernels", "runtime"},
-    "runtime": {"runtime", "engine"},
+    "runtime": {"runtime", "engine", "kernels"},
     "benchmarks": {"benchmarks", "runtime", "engine", "kernels", "training"},
     "training": {"training", "engine", "kernels"},
 }
