@@ -50,13 +50,14 @@ class Artifact:
 class GraphRecord:
     """One compiled graph. `key` is a hash of all that decides its artifacts; equal keys are not built again.
 
-    `parity` is the largest relative error of an output against eager in the same precision, when it was built.
+    `parity` is the largest relative error of an output against eager in the same precision, when it was built; None
+    where it was built for another machine, so that nobody has seen it run.
     """
 
     spec: GraphSpec
     weights: str
     key: str
-    parity: float
+    parity: float | None
     artifacts: tuple[Artifact, ...]
 
     @property
@@ -71,6 +72,7 @@ class Recipe(NamedTuple):
     backend: str
     precision: str
     source: str
+    arch: str = ""  # to name; none for the machine that it is built on
 
     def command(self, folder: Path | None = None) -> str:
         """The `swifti2v-export` command that builds this, to `folder` or to the user's cache."""
@@ -78,6 +80,8 @@ class Recipe(NamedTuple):
         if self.source == "given":
             words.append("--weights DIR")
         words += [f"--backend {self.backend}", f"--precision {self.precision}"]
+        if self.arch:
+            words.append(f"--arch {self.arch}")
         return " ".join(words if folder is None else [*words, f"-o {folder}"])
 
 
@@ -88,7 +92,7 @@ class Manifest:
     profile: Profile
     backend: str
     precision: Precision
-    arch: str  # what the artifacts were compiled for
+    arch: str  # what the artifacts were compiled for; several are separated by commas
     versions: dict[str, str]  # must be equal where the bundle runs
     built_with: dict[str, str]  # for the reader only
     weights: WeightsRecord
@@ -106,7 +110,13 @@ class Manifest:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.profile, self.backend, self.precision, self.weights.source)
+        arch = self.arch if self.arch.startswith("sm") else ""
+        return Recipe(self.profile, self.backend, self.precision, self.weights.source, arch)
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """The architectures that the artifacts run on, any of them."""
+        return tuple(self.arch.split(","))
 
 
 @dataclass(frozen=True)
@@ -253,7 +263,8 @@ def _rebuild(folder: Path, plain: Mapping[str, Any] | None = None) -> str:
     with suppress(PlainError, ProfileError, KeyError, TypeError):
         plain = plain or {}
         profile = from_plain(Profile, plain["profile"], "profile")
-        recipe = Recipe(profile, str(plain["backend"]), str(plain["precision"]), str(plain["weights"]["source"]))
+        arch = str(plain["arch"]) if str(plain["arch"]).startswith("sm") else ""
+        recipe = Recipe(profile, str(plain["backend"]), str(plain["precision"]), str(plain["weights"]["source"]), arch)
     command = f"swifti2v-export --profile P --backend B -o {folder}" if recipe is None else recipe.command(folder)
     return f"run {command}"
 

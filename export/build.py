@@ -7,31 +7,28 @@ the graphs whose key has changed.
 import hashlib
 import json
 import shutil
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..engine.errors import ProfileError
 from ..engine.graphs import Graph, profile_graphs
 from ..engine.manifest import PRECISIONS, Artifact, Bundle, GraphRecord, Manifest, read_bundle, sha256_of
 from ..engine.plain import to_plain
-from ..runtime.backend_registry import find_backend, versions_here
+from ..runtime.backend_cache import keep_folder
+from ..runtime.backend_registry import find_backend
 from ..runtime.backend_weights import Source
-from .builders import find_builder
+from .builders import Processes, find_builder
 from .job import Job
 from .parity import parity_error
 from .part_folder import Finished, check_out, finish, finished_graphs, keep_graph, part_folder, put_graph
+from .target import Target, make_target, run_device
 
-
-@dataclass(frozen=True)
-class Target:
-    """What all graphs of a build have in common, beside their source."""
-
-    backend: str
-    arch: str
-    versions: dict[str, str]
-    built_with: dict[str, str]
+POLL = 0.05  # seconds between looks at processes
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,21 @@ OnBuild = Callable[[BuildProgress], None]
 
 
 def build_bundle(
-    source: Source, backend: str, out: Path, names: Sequence[str] | None = None, on_progress: OnBuild | None = None
+    source: Source,
+    backend: str,
+    out: Path,
+    names: Sequence[str] | None = None,
+    on_progress: OnBuild | None = None,
+    archs: Sequence[str] = (),
+    jobs: int = 1,
 ) -> Bundle:
     """Compile the graphs of a source into the bundle `out`; `names` None are all of them.
 
     A bundle that is there already is replaced when the new one is whole; graphs in it that were not asked for stay
-    where they still fit. NumericsError for a graph that does not compute what eager does.
+    where they still fit. `archs` are for backends that build for other machines; `jobs` graphs are compiled at once
+    where that is the work of other processes. NumericsError for a graph that does not compute what eager does.
     """
-    target = make_target(source, backend)
+    target = make_target(source, backend, archs)
     graphs = profile_graphs(source.profile, PRECISIONS[source.precision])
     picked = pick_graphs(graphs, names)
     report = on_progress or (lambda _: None)
@@ -66,36 +70,32 @@ def build_bundle(
         there = [finished_graphs(part), finished_graphs(out)]
         records: dict[str, GraphRecord] = {}
         seconds: dict[str, float] = {}
+        kept = set()
+        work: list[_Work] = []
         for name, graph in graphs.items():
             key = graph_key(graph, source, target)
-            kept = _kept(part, [found[name] for found in there if name in found], key)
-            if kept is not None:
-                records[name] = kept
-            if name not in picked:
-                continue
-            place = BuildProgress(name, picked.index(name), len(picked))
-            if kept is None:
-                report(place)
-                started = time.perf_counter()
-                records[name] = _build_graph(graph, source, target, key, part)
-                seconds[name] = round(time.perf_counter() - started, 3)
-            report(
-                BuildProgress(
-                    name, place.index, place.total, records[name], seconds.get(name, 0.0), kept=kept is not None
-                )
-            )
+            record = _kept(part, [found[name] for found in there if name in found], key)
+            if record is not None:
+                records[name] = record
+                kept.add(name)
+            elif name in picked:
+                work.append(_Work(graph, source, target, key, part, keep_folder(out)))
+        for name in [name for name in picked if name in kept]:
+            report(BuildProgress(name, picked.index(name), len(picked), records[name], kept=True))
+
+        def starts(one: _Work) -> None:
+            report(BuildProgress(one.name, picked.index(one.name), len(picked)))
+
+        for one in _run(work, jobs, starts):
+            records[one.name], seconds[one.name] = one.finish(), round(time.perf_counter() - one.started, 3)
+            place = picked.index(one.name)
+            report(BuildProgress(one.name, place, len(picked), records[one.name], seconds[one.name]))
         manifest = Manifest(
             source.profile, backend, source.precision, target.arch, target.versions, target.built_with,
-            source.record, records, seconds,
+            source.record, {name: records[name] for name in graphs if name in records}, seconds,
         )  # fmt: skip
         finish(part, out, manifest)
     return read_bundle(out)
-
-
-def make_target(source: Source, backend: str) -> Target:
-    """What this machine builds for itself. EnvironmentMismatch where the backend's packages are missing."""
-    arch = find_backend(backend).arch(source.device)
-    return Target(backend, arch, versions_here(backend), find_builder(backend).built_with())
 
 
 def pick_graphs(graphs: dict[str, Graph], names: Sequence[str] | None) -> list[str]:
@@ -122,20 +122,77 @@ def _kept(part: Path, finished: Sequence[Finished], key: str) -> GraphRecord | N
     return next((one[1] for one in finished if one[1].key == key and keep_graph(part, one)), None)
 
 
-def _build_graph(graph: Graph, source: Source, target: Target, key: str, part: Path) -> GraphRecord:
-    """Compile a graph, run it beside eager, and put its artifacts into the folder."""
-    name, work, module = graph.spec.name, part / "work", source.modules[graph.weights]
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    job = Job(graph, module, source.record.sha256[graph.weights], source.precision, source.device)
-    find_builder(target.backend).build(job, work)
-    files = tuple(sorted(work.iterdir()))
-    executable = find_backend(target.backend).open_graph(graph, module, files, source.device)
+class _Work:
+    """One graph that is being compiled, here or by processes."""
+
+    def __init__(self, graph: Graph, source: Source, target: Target, key: str, part: Path, keep: Path) -> None:
+        self.graph, self.source, self.target, self.key, self.part, self.keep = graph, source, target, key, part, keep
+        self.name = graph.spec.name
+        self.module = source.modules[graph.weights]
+        self.folder = part / f"{self.name}.work"
+        self.started = 0.0
+        self._steps: Processes | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Compile it, as far as that is done here."""
+        self.started = time.perf_counter()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        sha256, archs = self.source.record.sha256[self.graph.weights], self.target.archs
+        job = Job(self.graph, self.module, sha256, self.source.precision, self.source.device, archs, self.keep)
+        self._steps = find_builder(self.target.backend).build(job, self.folder)
+        self._process = None if self._steps is None else next(self._steps, None)
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to wait for; starts the next process where one has ended."""
+        while self._steps is not None and self._process is not None and self._process.poll() is not None:
+            self._process = next(self._steps, None)
+        return self._process is None
+
+    def stop(self) -> None:
+        """End the process that is at work, if any."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def finish(self) -> GraphRecord:
+        """Run it beside eager where it can run here, and put its artifacts into the bundle."""
+        files = tuple(sorted(self.folder.iterdir()))
+        device = run_device(self.target, self.source.device)
+        error = None
+        if device is not None:
+            error = self._parity(files, device)
+        artifacts = tuple(Artifact(f"{self.name}/{file.name}", file.stat().st_size, sha256_of(file)) for file in files)
+        record = GraphRecord(self.graph.spec, self.graph.weights, self.key, error, artifacts)
+        put_graph(self.part, self.folder, record)
+        return record
+
+    def _parity(self, files: tuple[Path, ...], device: torch.device) -> float:
+        module = self.module.to(device)
+        executable = find_backend(self.target.backend).open_graph(self.graph, module, files, device)
+        try:
+            return parity_error(executable, self.graph, module, self.source.precision, device)
+        finally:
+            executable.close()
+            self.module.to(self.source.device)
+
+
+def _run(work: Sequence[_Work], jobs: int, starts: Callable[[_Work], None]) -> Iterator[_Work]:
+    """Every graph once it is compiled; at most `jobs` of them are at work. Processes end with the caller."""
+    waiting, running = list(work), list[_Work]()
     try:
-        error = parity_error(executable, graph, module, source.precision, source.device)
+        while waiting or running:
+            if waiting and len(running) < jobs:
+                one = waiting.pop(0)
+                starts(one)
+                running.append(one)
+                one.start()
+            done = [one for one in running if one.is_done()]
+            for one in done:
+                running.remove(one)
+                yield one
+            if not done and (not waiting or len(running) >= jobs):
+                time.sleep(POLL)
     finally:
-        executable.close()
-    artifacts = tuple(Artifact(f"{name}/{file.name}", file.stat().st_size, sha256_of(file)) for file in files)
-    record = GraphRecord(graph.spec, graph.weights, key, error, artifacts)
-    put_graph(part, work, record)
-    return record
+        for one in running:
+            one.stop()

@@ -19,16 +19,15 @@ from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftE
 from ..engine.graphs import profile_graphs
 from ..engine.manifest import PRECISIONS, Precision, read_bundle
 from ..engine.presets import PROFILES, get_profile
-from ..engine.profile import Profile
 from ..runtime.backend_cache import bundle_place, cache_folder
-from ..runtime.backend_fit import device_of
-from ..runtime.backend_registry import find_backend
+from ..runtime.backend_fit import check_machine, device_of
 from ..runtime.backend_weights import Source, open_source
 from .build import build_bundle
-from .builders import BUILDERS
+from .builders import BUILDERS, find_builder
 from .cli_progress import show_build
 from .part_folder import check_out
-from .plan import plan_build, shape_words
+from .plan import Plan, plan_build, shape_words
+from .target import Target, make_target, pick_precision
 from .verify import verify_graphs
 
 OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
@@ -49,6 +48,8 @@ class Terminated(BaseException):
 @click.option("--weights", type=PATH, help="Folder with stage1, stage2, vae1, vae2 and text; the shipped ones if none.")
 @click.option("--backend", type=click.Choice(list(BUILDERS)), help="What to compile with.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="What the backend is best in, if none.")
+@click.option("--arch", help="What to compile for, such as sm89,sm120, where the backend can; this machine if none.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Graphs compiled at once.")
 @click.option("--graphs", help="Only these graphs, separated by commas.")
 @click.option("-o", "--output", type=PATH, help="The bundle to write; the user's cache, where generate looks, if none.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
@@ -62,6 +63,8 @@ def cli(
     weights: Path | None,
     backend: str | None,
     precision: Precision | None,
+    arch: str | None,
+    jobs: int,
     graphs: str | None,
     output: Path | None,
     dry_run: bool,
@@ -80,20 +83,23 @@ def cli(
     profile = get_profile(profile_name).override(**numbers, size=None if size is None else _size(size))
     device = torch.device("cpu")
     chosen = pick_precision(backend, precision, device)
-    names = None if graphs is None else [name.strip() for name in graphs.split(",") if name.strip()]
+    names, archs = None if graphs is None else _listed(graphs), _listed(arch or "")
+    if jobs > 1 and find_builder(backend).process_memory is None:
+        raise click.UsageError(f"--jobs: got {jobs}, want 1 for {backend}, which compiles in this process")
     if dry_run:
-        _print_plan(profile, backend, chosen, names, as_json)
+        _print_plan(plan_build(profile, backend, chosen, names, jobs), archs, as_json)
         return
     if output is not None:
         check_out(output)
     cache = cache_folder(os.environ)
     source = open_source(profile, weights, chosen, device, cache)
-    out = output or default_place(cache, source, backend)
+    out = output or default_place(cache, source, make_target(source, backend, archs))
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     with show_build(console, quiet) as on_progress:
-        bundle = build_bundle(source, backend, out, names, on_progress)
+        bundle = build_bundle(source, backend, out, names, on_progress, archs, jobs)
     if as_json:
-        worst = max(record.parity for record in bundle.manifest.graphs.values())
+        seen = [record.parity for record in bundle.manifest.graphs.values() if record.parity is not None]
+        worst = max(seen, default=None)
         facts = {"bundle": str(out), "digest": bundle.manifest.digest, "graphs": len(bundle.manifest.graphs)}
         _print_result({**facts, "seconds": bundle.manifest.seconds, "parity": worst})
     else:
@@ -108,11 +114,14 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> None:
     """Check every file of BUNDLE, and run every graph beside eager."""
     bundle = read_bundle(path)
     manifest, device = bundle.manifest, device_of(bundle)
+    check_machine(bundle, device)  # before weights are loaded to it
     source = open_source(manifest.profile, weights, manifest.precision, device, cache_folder(os.environ))
-    errors = {}
+    errors: dict[str, float] = {}
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=as_json)
     for name, error in verify_graphs(bundle, source):
-        console.print(f"{name}: error {error:.1e}, {manifest.graphs[name].parity:.1e} when it was built")
+        built = manifest.graphs[name].parity
+        then = "not run where it was built" if built is None else f"{built:.1e} when it was built"
+        console.print(f"{name}: error {error:.1e}, {then}")
         errors[name] = error
     if as_json:
         _print_result({"bundle": str(path), "digest": manifest.digest, "parity": errors})
@@ -120,21 +129,11 @@ def verify(path: Path, weights: Path | None, as_json: bool) -> None:
         click.echo(f"{path}: {len(errors)} graphs are whole and equal eager in {manifest.precision}")
 
 
-def pick_precision(backend: str, asked: Precision | None, device: torch.device) -> Precision:
-    """The precision asked for, if the backend has it there, else the one it is best in."""
-    has = find_backend(backend).precisions(device)
-    if asked is not None and asked not in has:
-        raise ProfileError(
-            f"precision: got {asked}, want one of {', '.join(has)} for {backend} on {device.type}; pass one of these"
-        )
-    return asked or has[0]
-
-
-def default_place(cache: Path, source: Source, backend: str) -> Path:
+def default_place(cache: Path, source: Source, target: Target) -> Path:
     """Where `swifti2v generate` looks for a bundle of these."""
     specs = [graph.spec for graph in profile_graphs(source.profile, PRECISIONS[source.precision]).values()]
-    arch = find_backend(backend).arch(source.device)
-    return bundle_place(cache, source.profile.name, backend, source.precision, arch, source.record, specs)
+    name, precision = source.profile.name, source.precision
+    return bundle_place(cache, name, target.backend, precision, target.arch, source.record, specs)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -179,17 +178,27 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _print_plan(profile: Profile, backend: str, precision: Precision, names: list[str] | None, as_json: bool) -> None:
-    plan = plan_build(profile, precision, names)
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _print_plan(plan: Plan, archs: list[str], as_json: bool) -> None:
     if as_json:
-        graphs = {graph.spec.name: {"shape": shape_words(graph.spec), "bytes": graph.bytes} for graph in plan.graphs}
-        _print_result({"backend": backend, "precision": precision, "graphs": graphs, "memory": plan.memory})
+        graphs = {
+            graph.spec.name: {"shape": shape_words(graph.spec), "bytes": graph.bytes, "pieces": graph.pieces}
+            for graph in plan.graphs
+        }
+        said = {"backend": plan.backend, "precision": plan.precision, "arch": ",".join(archs), "graphs": graphs}
+        _print_result({**said, "memory": plan.memory, "process_memory": plan.process_memory})
         return
-    table = Table("graph", "shape", "about", title=f"{profile.name}, {backend}, {precision}", title_justify="left")
+    words = [plan.profile, plan.backend, plan.precision, *archs]
+    table = Table("graph", "shape", "about", "pieces", title=", ".join(words), title_justify="left")
     for graph in plan.graphs:
-        table.add_row(graph.spec.name, shape_words(graph.spec), f"{graph.bytes / 1e6:,.2f} MB")
+        table.add_row(graph.spec.name, shape_words(graph.spec), f"{graph.bytes / 1e6:,.2f} MB", str(graph.pieces))
     Console(soft_wrap=True).print(table)
-    click.echo(f"weights in memory while building: about {plan.memory / 1e9:,.2f} GB")
+    click.echo(f"memory while building: about {plan.memory / 1e9:,.2f} GB for weights and what is made of them")
+    if plan.process_memory:
+        click.echo(f"and about {plan.process_memory / 1e9:,.2f} GB for the processes that build engines")
 
 
 def _print_result(result: dict[str, Any]) -> None:

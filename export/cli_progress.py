@@ -43,4 +43,5 @@ def _words(progress: BuildProgress) -> str:
     if record is None:
         return ""
     made = "kept" if progress.kept else f"built in {progress.seconds:.1f} s"
-    return f"{made}, {record.bytes:,} bytes, error {record.parity:.1e}"
+    parity = "not run here" if record.parity is None else f"error {record.parity:.1e}"
+    return f"{made}, {record.bytes:,} bytes, {parity}"

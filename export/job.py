@@ -1,6 +1,7 @@
 """One graph to compile, as every builder gets it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ class Job:
     weights: nn.Module
     sha256: str  # of the weights
     precision: Precision
-    device: torch.device
+    device: torch.device  # where the weights are
+    archs: tuple[str, ...] = ()  # what to compile for, such as sm89
+    keep: Path | None = None  # a folder for what makes later builds faster
 
     def module(self) -> nn.Module:
         """The eager module, which leaves donated inputs alone."""

@@ -17,36 +17,54 @@ from ..engine.profile import Profile
 from ..engine.spec import GraphSpec, TensorSpec
 from ..engine.vae import VAE
 from .build import pick_graphs
+from .builders import find_builder
+from .onnx_pieces import piece_count
 
 
 @dataclass(frozen=True)
 class PlannedGraph:
-    """A graph and the bytes of the weights that it reads, which is about the size of its artifact."""
+    """A graph, the bytes of the weights that it reads, which is about the size of its artifacts, and how many pieces
+    it is compiled in."""
 
     spec: GraphSpec
     weights: str
     bytes: int
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The graphs of a build, and the memory it takes about: all modules, and twice over the largest graph's weights."""
+    """The graphs of a build, and the bytes of memory it takes about.
 
+    `memory`: all modules, and twice over the largest graph's weights. `process_memory`: the processes that work beside.
+    """
+
+    profile: str
+    backend: str
+    precision: Precision
     graphs: tuple[PlannedGraph, ...]
     memory: int
+    process_memory: int = 0
 
 
-def plan_build(profile: Profile, precision: Precision, names: Sequence[str] | None = None) -> Plan:
+def plan_build(
+    profile: Profile, backend: str, precision: Precision, names: Sequence[str] | None = None, jobs: int = 1
+) -> Plan:
     """Run every graph on meta tensors and see which weights it reads."""
-    dtype = PRECISIONS[precision]
+    dtype, builder = PRECISIONS[precision], find_builder(backend)
     graphs = profile_graphs(profile, dtype)
     modules = _meta_modules(profile, graphs, dtype)
-    planned = tuple(
-        PlannedGraph(graphs[name].spec, graphs[name].weights, _weight_bytes(graphs[name], modules))
-        for name in pick_graphs(graphs, names)
-    )
+    planned = []
+    for name in pick_graphs(graphs, names):
+        size = _weight_bytes(graphs[name], modules)
+        pieces = 1 if builder.process_memory is None else piece_count(size)
+        planned.append(PlannedGraph(graphs[name].spec, graphs[name].weights, size, pieces))
     loaded = sum(tensor.nbytes for module in modules.values() for tensor in module.parameters())
-    return Plan(planned, loaded + 2 * max(graph.bytes for graph in planned))
+    memory = loaded + 2 * max(graph.bytes for graph in planned)
+    if builder.process_memory is None:
+        return Plan(profile.name, backend, precision, tuple(planned), memory)
+    largest = sorted((builder.process_memory(graph.bytes // graph.pieces) for graph in planned), reverse=True)
+    return Plan(profile.name, backend, precision, tuple(planned), memory, sum(largest[:jobs]))
 
 
 def shape_words(spec: GraphSpec) -> str:

@@ -30,3 +30,8 @@ def bundle_folders(cache: Path, name: str) -> list[Path]:
     """The bundles of that profile in the cache, the last built first."""
     found = [path for path in (cache / "bundles").glob(f"{name}-*/{MANIFEST}") if path.parent.suffix != PART]
     return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def keep_folder(bundle: Path) -> Path:
+    """The folder beside a bundle for what may be lost: timings of a compiler, kernels compiled for one GPU."""
+    return bundle.with_name(bundle.name + ".cache")

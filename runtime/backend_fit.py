@@ -22,9 +22,11 @@ def check_machine(bundle: Bundle, device: torch.device) -> None:
     """Refuse a bundle built for another architecture, or by other versions."""
     manifest = bundle.manifest
     arch = find_backend(manifest.backend).arch(device)
-    if manifest.arch != arch:
+    if arch not in manifest.archs:
+        recipe = manifest.recipe._replace(arch=arch if arch.startswith("sm") else "")
         raise EnvironmentMismatch(
-            f"{bundle.folder} arch: got a bundle for {manifest.arch}, want one for {arch}; {bundle.repair}"
+            f"{bundle.folder} arch: got a bundle for {manifest.arch}, want one for {arch}; "
+            f"run {recipe.command(bundle.folder)}"
         )
     here = versions_here(manifest.backend)
     for name in sorted(here.keys() | manifest.versions.keys()):

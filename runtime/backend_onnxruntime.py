@@ -10,6 +10,7 @@ from ..engine.errors import BundleError, EnvironmentMismatch
 from ..engine.graphs import Graph
 from ..engine.manifest import Precision
 from ..engine.spec import Executable, Feed, GraphSpec, check_feed
+from .backend_names import output_names
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -37,15 +38,6 @@ def require_onnxruntime() -> Any:
             f"onnxruntime: got {error}, want it for bundles of that backend; run pip install 'swifti2v[onnx]'"
         ) from error
     return onnxruntime
-
-
-def output_names(spec: GraphSpec) -> list[str]:
-    """The names of a graph's outputs in a file: the spec's, and `NAME_out` where an input has the name already.
-
-    A cache goes in and comes out under one name, but in ONNX a name stands for one value.
-    """
-    taken = {tensor.name for tensor in spec.inputs}
-    return [f"{tensor.name}_out" if tensor.name in taken else tensor.name for tensor in spec.outputs]
 
 
 class OnnxExecutable:

@@ -14,6 +14,7 @@ from ..engine.graphs import Graph
 from ..engine.manifest import Precision
 from ..engine.spec import Executable
 from . import backend_eager, backend_inductor, backend_onnxruntime
+from .backend_tensorrt import TensorRTBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 # What makes a graph out of weights: an artifact is stale when these files change.
@@ -38,6 +39,8 @@ class Backend:
     runs_modules: bool = False  # whether it needs the weights beside its artifacts
 
 
+RTX, TENSORRT = TensorRTBackend("tensorrt_rtx"), TensorRTBackend("tensorrt")
+
 BACKENDS = {
     "eager": Backend(
         backend_eager.precisions, backend_eager.versions, backend_eager.arch, backend_eager.open_graph, True
@@ -51,6 +54,9 @@ BACKENDS = {
         backend_onnxruntime.arch,
         backend_onnxruntime.open_graph,
     ),
+    "tensorrt": Backend(TENSORRT.precisions, TENSORRT.versions, TENSORRT.arch, TENSORRT.open_graph),
+    "torch-tensorrt": Backend(TENSORRT.precisions, TENSORRT.versions, TENSORRT.arch, TENSORRT.open_graph),
+    "tensorrt-rtx": Backend(RTX.precisions, RTX.versions, RTX.arch, RTX.open_graph),
 }
 
 

@@ -94,7 +94,7 @@ def find_bundle(
             check_weights(bundle, record)
         except SwiftError:  # another length, other weights: not the one that is looked for
             continue
-        if dtype not in (None, bundle.manifest.dtype):
+        if dtype not in (None, bundle.manifest.dtype) or device_of(bundle).type != device.type:
             continue
         try:
             check_machine(bundle, device)

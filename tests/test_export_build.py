@@ -17,9 +17,9 @@ from swifti2v.engine.profile import Profile
 from swifti2v.engine.weights import FILE_NAME
 from swifti2v.export.build import BuildProgress, build_bundle
 from swifti2v.export.builders import BUILDERS
-from swifti2v.export.cli import pick_precision
 from swifti2v.export.parity import parity_error, sample_feed
 from swifti2v.export.plan import plan_build
+from swifti2v.export.target import pick_precision
 from swifti2v.runtime.backend_eager import EagerExecutable
 from swifti2v.runtime.backend_registry import BACKENDS
 from swifti2v.runtime.backend_weights import Source, open_source
@@ -199,11 +199,11 @@ def test_precisions_are_those_the_backend_has(source: Source):
 
 
 def test_a_plan_knows_sizes_without_weights(tiny: Profile):
-    plan = plan_build(tiny, "fp32")
+    plan = plan_build(tiny, "eager", "fp32")
     sizes = {graph.spec.name: graph.bytes for graph in plan.graphs}
     assert list(sizes) == list(profile_graphs(tiny, torch.float32))
     assert sizes["stage2_next"] == sizes["stage2_first"] > sizes["stage2_text"]
-    half = plan_build(tiny, "bf16", ["stage2_next"])
+    half = plan_build(tiny, "eager", "bf16", ["stage2_next"])
     assert half.graphs[0].bytes * 2 == sizes["stage2_next"]
 
 

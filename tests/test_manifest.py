@@ -100,7 +100,7 @@ def test_the_schema_says_the_same(plain: dict):
         (("graphs", "stage1_time", "spec", "name"), "stage2_time", ["graphs.stage1_time", "'stage2_time'"]),
         (("graphs", "stage1_time", "weights"), "stage9", ["graphs.stage1_time", "'stage9'"]),
         (("graphs", "stage1_time", "artifacts"), [], ["graphs.stage1_time", "0 artifacts"]),
-        (("graphs", "stage1_time", "parity"), None, ["stage1_time.parity", "got None"]),
+        (("graphs", "stage1_time", "parity"), "0", ["stage1_time.parity", "got '0', want a number"]),
         *((("graphs", "stage1_time", "artifacts", 0, "path"), path, ["inside the bundle"])
           for path in ("/etc/passwd", "../other/graph.json", "a/../../b", "C:\\x", "a\\..\\..\\b")),
     ],

@@ -1,0 +1,77 @@
+"""What a build is for: backend, architectures, versions; and whether its artifacts can be run here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engine.errors import EnvironmentMismatch, ProfileError
+from ..engine.manifest import Precision
+from ..runtime.backend_registry import find_backend, versions_here
+from ..runtime.backend_weights import Source
+from .builders import find_builder
+
+
+@dataclass(frozen=True)
+class Target:
+    """What all graphs of a build have in common, beside their source."""
+
+    backend: str
+    arch: str
+    versions: dict[str, str]
+    built_with: dict[str, str]
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        return tuple(self.arch.split(","))
+
+
+def make_target(source: Source, backend: str, archs: Sequence[str] = ()) -> Target:
+    """What is built: for this machine, or for the architectures that were asked for where the backend can do that.
+
+    EnvironmentMismatch where the backend's packages are missing, or it does not build for them.
+    """
+    builder, found = find_builder(backend), find_backend(backend)
+    built_with, versions = builder.built_with(), versions_here(backend)
+    device = target_device(backend, source.device)
+    if builder.archs is None:
+        here = found.arch(device)
+        if archs and tuple(archs) != (here,):
+            raise EnvironmentMismatch(
+                f"arch: got {','.join(archs)}, want {here}: {backend} builds for the machine it is on; "
+                "leave --arch out, or build there"
+            )
+        return Target(backend, here, versions, built_with)
+    if not archs and not torch.cuda.is_available():
+        raise ProfileError(
+            f"arch: got none and no GPU here, want to know what {backend} is to build for; pass --arch sm89 or so"
+        )
+    checked = builder.archs(archs or (found.arch(device),), source.precision)
+    return Target(backend, ",".join(checked), versions, built_with)
+
+
+def target_device(backend: str, device: torch.device) -> torch.device:
+    """The kind of device that artifacts run on; `device` is where the weights are while they are built."""
+    return torch.device("cuda") if find_builder(backend).for_gpu else device
+
+
+def run_device(target: Target, device: torch.device) -> torch.device | None:
+    """Where artifacts can be run here, to compare them with eager; None if this machine is not one of theirs."""
+    device = target_device(target.backend, device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    return device if find_backend(target.backend).arch(device) in target.archs else None
+
+
+def pick_precision(backend: str, asked: Precision | None, device: torch.device) -> Precision:
+    """The precision asked for, if the backend has it there, else the one it is best in."""
+    device = target_device(backend, device)
+    has = find_builder(backend).precisions or find_backend(backend).precisions(device)
+    if not has:
+        find_backend(backend).arch(device)  # says what is missing
+    if not has or (asked is not None and asked not in has):
+        raise ProfileError(
+            f"precision: got {asked}, want one of {', '.join(has) or 'none'} for {backend} on {device.type}; "
+            "pass one of these"
+        )
+    return asked or has[0]
