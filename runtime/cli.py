@@ -6,6 +6,7 @@ import click
 
 from .cli_generate import generate
 from .cli_main import run
+from .cli_render import render
 from .cli_tools import convert, doctor, inspect
 
 
@@ -16,6 +17,7 @@ def cli() -> None:
 
 
 cli.add_command(generate)
+cli.add_command(render)
 cli.add_command(inspect)
 cli.add_command(doctor)
 cli.add_command(convert)

@@ -95,7 +95,8 @@ def show_bundle(path: Path, as_json: bool) -> None:
         given, made = record.spec.inputs[0], record.spec.outputs[0]
         shape = f"{_shape(given)} -> {_shape(made)}"
         dtype = str(made.dtype).removeprefix("torch.")
-        table.add_row(name, shape, dtype, f"{record.bytes:,}", manifest.arch, f"{record.parity:.1e}")
+        parity = "not run here" if record.parity is None else f"{record.parity:.1e}"
+        table.add_row(name, shape, dtype, f"{record.bytes:,}", manifest.arch, parity)
     console = Console()
     wide = console.options.update(width=1000)
     console.width = max(console.width, console.measure(table, options=wide).maximum)  # no pipe is too narrow for it

@@ -106,6 +106,12 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()  # [T, H, W, 3]
 
 
+def to_deep_frames(pixels: torch.Tensor) -> np.ndarray:
+    """The same frames as `to_frames` without rounding: float32 [T, H, W, 3] in [0, 1]."""
+    levels = pixels[0].float().add(1).mul_(0.5).clamp_(0, 1)  # [3, T, H, W]
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()  # [T, H, W, 3]
+
+
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG or JPEG file, whole or not at all. Raises MediaError for another suffix or a failed write."""
     target = check_target("image", path, IMAGE_SUFFIXES)

@@ -25,7 +25,7 @@ from ..engine.state import Conditions, SegmentState
 from .backend_eager import open_eager
 from .bundle import load_bundle, open_graphs
 from .conditioning import PromptEncoder
-from .image import to_frames, to_tensor
+from .image import to_deep_frames, to_frames, to_tensor
 from .models import Loaded
 from .timing import Timings
 
@@ -40,15 +40,20 @@ class Request:
     prompt: str = ""
     negative: str | None = None  # None = the profile's own
     seed: int = 0
+    deep: bool = False  # ask for FrameChunk.deep, which files deeper than 8 bits are made from
 
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Finished frames: uint8 [n, H, W, 3], the first one's index in the clip, and their segment."""
+    """Finished frames: uint8 [n, H, W, 3], the first one's index in the clip, and their segment.
+
+    `deep` holds the same frames before they were rounded: float32 [n, H, W, 3] in [0, 1], display-referred sRGB.
+    """
 
     frames: np.ndarray
     index: int
     segment: int
+    deep: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Session:
 
         `motion` latents [1, C1, F, h, w], if given, take the place of what Stage I would make.
         """
-        check_image(request.image, self.profile)
+        check_request(request, self.profile)
         pixels = to_tensor(request.image).to(self.device)
         with self.timings.phase("prompt"):
             text, negative = self._encode(request)
@@ -166,7 +171,8 @@ class Session:
     ) -> Iterator[FrameChunk]:
         """Chunks from `state` on; the state is donated, so pass a clone to use it again. Equal states, equal frames.
 
-        `on_state` sees the state after every segment. It is donated to the next one: save or clone it inside the call.
+        `on_state` sees the state after every segment, before the segment's chunk is handed out. The next segment takes
+        it: save or clone it before the next chunk is asked for.
         """
         profile = self.profile
         segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
@@ -185,23 +191,26 @@ class Session:
                 report.step, phase,
             )  # fmt: skip
             with self.timings.phase("frames"):
-                frames = self._frames(pixels, state, request)
+                frames, deep = self._frames(pixels, state, request)
             if on_state is not None:
                 on_state(state)
             index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
-            yield FrameChunk(frames, index, segment.index)
+            yield FrameChunk(frames, index, segment.index, deep)
 
-    def _frames(self, pixels: Tensor, state: SegmentState, request: Request) -> np.ndarray:
-        """uint8 [n, H, W, 3] of a segment's pixels; the clip's first frame is the request's image."""
+    def _frames(self, pixels: Tensor, state: SegmentState, request: Request) -> tuple[np.ndarray, np.ndarray | None]:
+        """The frames of a segment's pixels, uint8 and deep; the clip's first frame is the request's image."""
         if not torch.isfinite(state.latents).all():  # asked here, as the answer waits for the device
             raise NumericsError(
                 f"segment {state.segment - 1}: got latents that are not finite, want numbers; "
                 "check the weights, or run in a wider dtype such as float32"
             )
         frames = to_frames(pixels)
+        deep = to_deep_frames(pixels) if request.deep else None
         if state.segment == 1:
             frames[0] = request.image
-        return frames
+            if deep is not None:
+                deep[0] = np.float32(request.image) / 255
+        return frames, deep
 
     def _encode(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompt and, where a stage is guided, of the negative prompt, in the graphs' dtype."""
@@ -243,11 +252,17 @@ def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
     return frame.clamp(-1, 1).unsqueeze(2)
 
 
-def check_image(image: np.ndarray, profile: Profile) -> None:
-    """Refuse an image that is not the profile's size."""
-    want = (profile.height, profile.width, 3)
-    if image.shape != want or image.dtype != np.uint8:
-        raise SpecError(f"image: got {image.dtype} {image.shape}, want uint8 {want}; fit it with fit_image first")
+def check_request(request: Request, profile: Profile) -> None:
+    """Refuse an image that is not the profile's size, a seed out of range, and prompts that are no Unicode text."""
+    image, want = request.image, (profile.height, profile.width, 3)
+    if not isinstance(image, np.ndarray) or image.shape != want or image.dtype != np.uint8:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise SpecError(f"image: got {got}, want uint8 {want}; fit it with fit_image first")
+    if not isinstance(request.seed, (int, np.integer)) or not 0 <= request.seed < 2**63:
+        raise SpecError(f"seed: got {request.seed!r:.40}, want a whole number from 0 to 2^63-1; choose another")
+    for name, text in (("prompt", request.prompt), ("negative", request.negative or "")):
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise SpecError(f"{name}: got {text!r:.40}, want text of valid Unicode; correct it")
 
 
 def check_motion(motion: Tensor, profile: Profile) -> Tensor:

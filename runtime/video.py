@@ -24,6 +24,27 @@ def has_x264() -> bool:
     return "libx264" in av.codecs_available
 
 
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as files say it; 1001 is the denominator of the NTSC rates, such as 30000/1001."""
+    return Fraction(fps).limit_denominator(1001)
+
+
+def to_yuv(frame: np.ndarray, pixel_format: str = "yuv420p") -> av.VideoFrame:
+    """A frame, uint8 [H, W, 3], in 8-bit BT.709 limited range; `yuv420p` or `yuv444p`."""
+    rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")  # [H, W, 3]
+    yuv = rgb.reformat(
+        format=pixel_format,
+        interpolation=SCALER,
+        dst_colorspace=BT709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+    )
+    # x264 writes the tags of its context; other encoders go by those of the frame.
+    yuv.colorspace = yuv.color_trc = yuv.color_primaries = BT709
+    yuv.color_range = ColorRange.MPEG
+    return yuv
+
+
 class VideoWriter:
     """A context manager that encodes RGB frames to `path` as H.264, yuv420p, BT.709 limited range.
 
@@ -43,7 +64,7 @@ class VideoWriter:
     ):
         self.path = check_target("video", path, VIDEO_SUFFIXES)
         self.width, self.height = width, height
-        self.fps = Fraction(fps).limit_denominator(1001)  # 1001: the NTSC rates, such as 30000/1001
+        self.fps = frame_rate(fps)
         self.crf, self.preset = crf, preset
         self.frames_written = 0
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -98,7 +119,8 @@ class VideoWriter:
         # An absolute path, as FFmpeg takes what stands before a colon for a protocol.
         self._container = av.open(str(self._part.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         self._stream = self._container.add_stream("libx264", rate=self.fps)
-        self._stream.options = {"crf": str(self.crf), "preset": self.preset}
+        # x264's macroblock tree reads memory that nobody set, so that equal frames make different files with it.
+        self._stream.options = {"crf": str(self.crf), "preset": self.preset, "x264-params": "mbtree=0"}
         self._stream.width, self._stream.height, self._stream.pix_fmt = self.width, self.height, "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_trc = context.color_primaries = BT709
@@ -106,17 +128,7 @@ class VideoWriter:
         self._container.start_encoding()
 
     def _to_yuv(self, frame: np.ndarray) -> av.VideoFrame:
-        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")  # [H, W, 3]
-        yuv = rgb.reformat(
-            format="yuv420p",
-            interpolation=SCALER,
-            dst_colorspace=BT709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-        )
-        # x264 writes the tags of its context; other encoders go by those of the frame.
-        yuv.colorspace = yuv.color_trc = yuv.color_primaries = BT709
-        yuv.color_range = ColorRange.MPEG
+        yuv = to_yuv(frame)
         yuv.pts, yuv.time_base = self.frames_written, 1 / self.fps
         return yuv
 

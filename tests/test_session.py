@@ -1,7 +1,9 @@
 """Sessions: frames in order, frame 0 is the image, progress, cancelling, resuming from a chunk's state."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from swifti2v import Progress, Request
+from swifti2v import Progress, Request, get_profile
 from swifti2v.engine.errors import Cancelled, NumericsError, SpecError
 from swifti2v.engine.profile import Profile
 from swifti2v.engine.state import SegmentState
 from swifti2v.runtime.conditioning import Embeddings
 from swifti2v.runtime.prompts import GivenPrompts
-from swifti2v.runtime.session import Session
+from swifti2v.runtime.session import Session, check_request
 
 
 def picture(profile: Profile, seed: int = 0) -> np.ndarray:
@@ -143,6 +148,43 @@ def test_wrong_images_are_refused(tiny: Profile, make_session):
         for image in (np.zeros((128, 190, 3), np.uint8), np.zeros((128, 192, 3), np.float32)):
             with pytest.raises(SpecError, match=r"want uint8 \(128, 192, 3\)"):
                 next(session.generate(Request(image)))
+
+
+def encodable(text: object) -> bool:
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(text, str) and bool(text.encode() or True)
+    return False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    change=st.fixed_dictionaries(
+        {},
+        optional={
+            "image": st.sampled_from([None, "photo.jpg", b"", 0])
+            | hnp.arrays(np.uint8, hnp.array_shapes(max_dims=4, max_side=5))
+            | hnp.arrays(np.float32, (2, 2, 3)),
+            "seed": st.integers() | st.floats() | st.none() | st.text(max_size=3),
+            "prompt": st.text(st.characters(codec=None), max_size=5)
+            | st.none()
+            | st.binary(max_size=3)
+            | st.integers(),
+            "negative": st.text(st.characters(codec=None), max_size=5) | st.binary(min_size=1, max_size=3),
+        },
+    )
+)
+def test_malformed_requests_are_refused(change: dict):
+    """Before anything runs, in one line."""
+    tiny = get_profile("tiny")
+    good = "image" not in change and all(encodable(change[name]) for name in ("prompt", "negative") if name in change)
+    good = good and type(change.get("seed", 0)) is int and 0 <= change.get("seed", 0) < 2**63
+    request = replace(Request(picture(tiny)), **change)
+    if good:
+        check_request(request, tiny)
+        return
+    with pytest.raises(SpecError) as caught:
+        check_request(request, tiny)
+    assert re.fullmatch(r"\w+: got .*, want .*; .*", str(caught.value))
 
 
 def test_weights_that_give_nan_stop_the_run(tiny: Profile, make_session, request_: Request):

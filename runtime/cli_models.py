@@ -1,0 +1,106 @@
+"""From the options that `generate` and `render` share to open models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from ..engine.profile import Profile
+from .cli_bundle import backend_words, base_profile, bundle_device, bundle_paths, default_bundle, open_models
+from .cli_options import (
+    PATH,
+    Device,
+    cache_folder,
+    make_paths,
+    make_profile,
+    model_options,
+    pick_device,
+    profile_options,
+)
+from .fingerprints import fingerprints
+from .model_paths import ModelPaths, fit_profile
+from .models import Loaded
+from .sidecar import describe_profile, dtype_name
+
+PROFILE_KEYS = (
+    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
+    "stage2_guidance", "stage2_init", "strength",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a command runs with; nothing is opened yet."""
+
+    profile: Profile
+    paths: ModelPaths
+    device: torch.device
+    dtype: torch.dtype
+    dtype_option: str
+    bundle: Path | None
+
+    def open(self, console: Console) -> tuple[Loaded, dict[str, str]]:
+        """Open models, say what runs, and return them with their fingerprints."""
+        bundle = self.bundle or default_bundle(self.profile, self.paths, self.device, self.dtype_option, console)
+        loaded = open_models(bundle, self.profile, self.paths, self.device, self.dtype)
+        hashes = fingerprints(self.paths, loaded, cache_folder())
+        _note_run(console, loaded)
+        return loaded, hashes
+
+    @property
+    def fitted(self) -> Profile:
+        """The profile with the sizes that the models have."""
+        known = self.paths.trained or self.profile.text.kind == "words"
+        return fit_profile(self.profile, self.paths) if known else self.profile
+
+    def plan(self) -> dict[str, Any]:
+        """What a dry run says of it."""
+        missing = "untrained" if self.profile.text.kind == "words" else "none given"
+        return {
+            **describe_profile(self.fitted),
+            "weights": {name: str(path) for name, path in self.paths.given.items()} or {"all": missing},
+            "device": str(self.device),
+            "dtype": dtype_name(self.dtype),
+            **({} if self.bundle is None else {"bundle": str(self.bundle)}),
+        }
+
+
+def run_options(command: Callable) -> Callable:
+    """Every option that `choose` reads."""
+    for option in (
+        click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True),
+        click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."),
+        click.option("--bundle", type=PATH, help="Run this compiled bundle; its profile is the default one then."),
+        model_options,
+        profile_options,
+    ):
+        command = option(command)
+    return command
+
+
+def choose(context: click.Context, options: dict[str, Any]) -> Choice:
+    """The profile, paths, device and bundle that the options of `run_options` name."""
+    bundle, device, dtype = options["bundle"], options["device"], options["dtype"]
+    base = base_profile(context, options["profile_name"], bundle)
+    profile = make_profile(base, {key: options[key] for key in PROFILE_KEYS})
+    paths = bundle_paths(profile, options["model_dir"], make_paths(options, options["loras"]), bundle)
+    place, number = pick_device(bundle_device(bundle, device, dtype), dtype)
+    return Choice(profile, paths, place, number, dtype, bundle)
+
+
+def _note_run(console: Console, loaded: Loaded) -> None:
+    profile = loaded.profile
+    console.print(
+        f"{profile.name}: {profile.frames} frames of {profile.width}x{profile.height}, {loaded.device}, "
+        f"{dtype_name(loaded.dtype)}, {backend_words(loaded)}"
+    )
+    if not loaded.trained:
+        console.print(
+            "note: no trained weights are there for this profile; these are untrained ones from a seed. "
+            "Every step runs as it will with trained weights, but all frames after the first are noise.",
+            style="yellow",
+        )
