@@ -1,0 +1,422 @@
+"""Flat calls: frames as a session makes them, one status for each misuse, threads, backpressure, cancelling."""
+
+import gc
+import json
+import logging
+import re
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundles import build
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from swifti2v import Request, Session, get_profile, load_models
+from swifti2v.engine import errors
+from swifti2v.runtime import capi, capi_status
+from swifti2v.runtime.capi import Pixels, Status
+from swifti2v.runtime.capi_json import Ask, Config
+from swifti2v.runtime.capi_status import Stage, State, status_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "profile": "tiny", "size": [128, 64], "frames": 37, "stage1_steps": 1, "stage2_steps": 1, "device": "cpu",
+    "dtype": "fp32",
+}  # fmt: skip
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
+
+
+def pixels(image: np.ndarray = PICTURE) -> Pixels:
+    return Pixels(image.tobytes(), image.shape[1], image.shape[0])
+
+
+def opened(**changes: object) -> int:
+    status, handle = capi.create(json.dumps({**SMALL, **changes}))
+    assert status == Status.OK, capi.last_error()
+    assert isinstance(handle, int)
+    return handle
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[int]:
+    handle = opened()
+    yield handle
+    capi.destroy(handle)
+
+
+@pytest.fixture
+def handle(shared: int) -> Iterator[int]:
+    """A session without a request on its way."""
+    yield shared
+    capi.cancel(shared)
+
+
+def fetch(handle: int) -> tuple[list[capi.SegmentInfo], np.ndarray]:
+    """What is left of a request: descriptions, and all frames."""
+    described, frames = [], []
+    while True:
+        status, answer = capi.borrow_segment(handle)
+        if status == Status.END:
+            return described, np.concatenate(frames)
+        assert status == Status.OK and answer is not None, capi.last_error(handle)  # noqa: PT018
+        described.append(answer[0])
+        frames.append(answer[2].copy())
+        assert capi.release_segment(handle, answer[1])[0] == Status.OK
+
+
+def test_frames_are_those_of_a_session(handle: int):
+    profile = get_profile("tiny").override(size=(128, 64), frames=37, stage1_steps=1, stage2_steps=1)
+    with Session.open(load_models(profile, dtype=torch.float32)) as session:
+        expected = np.concatenate([chunk.frames for chunk in session.generate(Request(PICTURE, "pan left", seed=5))])
+    assert capi.info(handle) == (Status.OK, (128, 64, 37, 3, 13, 13 * 128 * 64 * 3, 8.0))
+    assert capi.submit(handle, '{"prompt": "pan left", "seed": 5}', pixels()) == (Status.OK, None)
+    described, frames = fetch(handle)
+    assert [(d.segment, d.first_frame, d.frames) for d in described] == [(0, 0, 13), (1, 13, 12), (2, 25, 12)]
+    assert np.array_equal(frames, expected)
+    assert capi.poll(handle) == (Status.OK, (State.FINISHED, Stage.STAGE2, 1.0, 3, 0))
+    assert capi.borrow_segment(handle, 0)[0] == Status.END, "again and again"
+
+
+def test_progress_rises_to_one_and_generation_waits_for_the_caller():
+    handle = opened(queue=1)
+    seen = []
+    capi.submit(handle, "{}", pixels())
+    while not seen or seen[-1].segments_waiting < 1:
+        place = capi.poll(handle)[1]
+        assert place is not None
+        seen.append(place)
+        time.sleep(0.002)
+    time.sleep(0.5)  # time enough for many segments of this size
+    waiting = capi.poll(handle)[1]
+    assert waiting is not None
+    assert (waiting.state, waiting.segments_made) == (State.RUNNING, 1)
+    assert waiting.progress < 1
+    assert capi.submit(handle, "{}", pixels())[0] == Status.INVALID_STATE
+    fetch(handle)
+    numbers = [place.progress for place in (*seen, waiting)]
+    assert numbers == sorted(numbers)
+    assert {place.stage for place in seen} <= set(Stage)
+    capi.destroy(handle)
+
+
+def test_segments_are_copied_into_any_writable_memory(handle: int):
+    capi.submit(handle, "{}", pixels())
+    memory = np.zeros(13 * 64 * 128 * 3 + 5, np.uint8)
+    for wrong in (b"bytes", "text", None, np.zeros((4, 4))[:, ::2]):
+        assert capi.next_segment(handle, wrong)[0] == Status.INVALID_ARGUMENT
+    assert capi.next_segment(handle, bytearray(100))[0] == Status.BUFFER_TOO_SMALL
+    assert "want 319488" in str(capi.last_error(handle)[1])
+    status, described = capi.next_segment(handle, memory)
+    assert status == Status.OK
+    assert described is not None
+    assert described.segment == 0, "the one that had no room"
+    assert np.array_equal(memory[: PICTURE.size], PICTURE.reshape(-1))
+    assert memory[-5:].max() == 0, "and not a byte more"
+    status, answer = capi.borrow_segment(handle)
+    assert answer is not None
+    with pytest.raises(ValueError, match="read-only"):
+        answer[2][0] = 0
+    for timeout in ("soon", float("nan"), None):
+        assert capi.next_segment(handle, memory, timeout)[0] == Status.INVALID_ARGUMENT  # type: ignore[arg-type]
+    assert capi.borrow_segment(handle, 1e300)[0] == Status.OK
+
+
+def test_images_come_as_rows_or_as_files(handle: int, tmp_path: Path):
+    padded = np.zeros((64, 400), np.uint8)
+    padded[:, :384] = PICTURE.reshape(64, 384)  # [H, W, 3] -> [H, 3W]
+    path = tmp_path / "bild-ä.png"
+    Image.fromarray(PICTURE).save(path)
+    ways = [
+        ("{}", pixels()),
+        ("{}", Pixels(padded, 128, 64, 400)),
+        ("{}", Pixels(padded.reshape(-1)[:-16], 128, 64, 400)),  # the last row without its padding
+        (json.dumps({"image": str(path), "fit": "exact"}), None),
+    ]
+    for request, rows in ways:
+        assert capi.submit(handle, request, rows) == (Status.OK, None), capi.last_error()
+        answer = capi.borrow_segment(handle)[1]
+        assert answer is not None
+        assert np.array_equal(answer[2][0], PICTURE)
+        capi.cancel(handle)
+
+
+@pytest.mark.parametrize(
+    ("request_", "rows", "words"),
+    [
+        ("{}", None, "got no image"),
+        ('{"image": "x.png"}', pixels(), "a path and RGB bytes"),
+        ('{"image": "/nowhere/x.png"}', None, "no such file"),
+        ("{}", Pixels(b"\0" * 100, 128, 64), "got 100 bytes, want 24576"),
+        ("{}", Pixels(bytes(PICTURE) + b"\0", 128, 64), "got 24577 bytes"),
+        ("{}", Pixels(PICTURE.tobytes(), 0, 64), "got 0x64"),
+        ("{}", Pixels(PICTURE.tobytes(), 2**32, 2**32), "at most 89,478,485"),
+        ("{}", Pixels(PICTURE.tobytes(), 128, 64, 100), "100 bytes a row"),
+        ('{"fit": "exact"}', Pixels(bytes(32 * 32 * 3), 32, 32), "got 32x32, want 128x64"),
+    ],
+)
+def test_wrong_images_are_refused(handle: int, request_: str, rows: Pixels | None, words: str):
+    assert capi.submit(handle, request_, rows) == (Status.INVALID_IMAGE, None)
+    text = str(capi.last_error(handle)[1])
+    assert words in text
+    assert re.fullmatch(r".+: got .+, want .+; .+", text)
+    assert capi.last_error() == (Status.OK, text)
+
+
+def test_unknown_and_destroyed_handles_are_refused():
+    handle = opened()
+    assert capi.poll(handle) == (Status.OK, (State.IDLE, Stage.NONE, 0.0, 0, 0))
+    assert capi.next_segment(handle, bytearray(5))[0] == Status.INVALID_STATE, "nothing was submitted"
+    assert capi.cancel(handle)[0] == Status.OK, "nothing to do"
+    assert capi.release_segment(handle, 1)[0] == Status.INVALID_ARGUMENT
+    assert capi.destroy(handle) == (Status.OK, None)
+    wrongs: list[Any] = [handle, 0, -1, 2**70, None, "1", [], 1.0, True]
+    for wrong in wrongs:
+        calls = [
+            capi.destroy(wrong), capi.info(wrong), capi.submit(wrong, "{}", pixels()), capi.poll(wrong),
+            capi.next_segment(wrong, bytearray(5)), capi.borrow_segment(wrong), capi.release_segment(wrong, 1),
+            capi.cancel(wrong),
+        ]  # fmt: skip
+        assert calls == [(Status.INVALID_HANDLE, None)] * len(calls)
+    assert capi.last_error(handle)[0] == Status.INVALID_HANDLE
+    assert capi.submit()[0] == Status.FAILED  # type: ignore[call-arg]
+
+
+def test_cancelling_stops_a_run_and_the_next_may_start_at_once(handle: int):
+    capi.submit(handle, '{"seed": 1}', pixels())
+    assert capi.cancel(handle) == (Status.OK, None)
+    assert capi.poll(handle)[1][0] == State.CANCELLED  # type: ignore[index]
+    assert capi.borrow_segment(handle) == (Status.CANCELLED, None)
+    capi.submit(handle, '{"seed": 2}', pixels())
+    _, after = fetch(handle)
+    capi.submit(handle, '{"seed": 2}', pixels())
+    assert np.array_equal(after, fetch(handle)[1]), "nothing of the cancelled run is left"
+
+
+def test_destroy_ends_a_run_a_full_queue_and_those_who_wait():
+    running, full = opened(), opened(queue=1)
+    results: list[Status] = []
+
+    def wait() -> None:
+        status = Status.OK
+        while status == Status.OK:
+            status, _ = capi.borrow_segment(running)
+        results.append(status)
+
+    for handle in (running, full):
+        capi.submit(handle, "{}", pixels())
+    waiters = [threading.Thread(target=wait) for _ in range(3)]
+    for waiter in waiters:
+        waiter.start()
+    while capi.poll(full)[1][4] < 1:  # type: ignore[index]
+        time.sleep(0.01)
+    assert capi.destroy(full) == (Status.OK, None)
+    assert capi.destroy(running) == (Status.OK, None)
+    for waiter in waiters:
+        waiter.join(20)
+    assert len(results) == 3
+    assert set(results) <= {Status.INVALID_HANDLE, Status.END}
+    names = {f"swifti2v session {handle}" for handle in (running, full)}
+    assert not names & {thread.name for thread in threading.enumerate()}
+
+
+def test_destroy_frees_frames_that_were_never_released():
+    handle = opened()
+    capi.submit(handle, "{}", pixels())
+    answer = capi.borrow_segment(handle)[1]
+    assert answer is not None
+    frames = weakref.ref(answer[2])
+    del answer
+    assert frames() is not None
+    capi.destroy(handle)
+    gc.collect()
+    assert frames() is None
+
+
+def test_four_threads_with_a_session_each_do_not_meet():
+    def work(seed: int) -> None:
+        mine = opened(frames=13)
+        capi.submit(mine, json.dumps({"seed": seed}), pixels())
+        made[seed].append(fetch(mine)[1])
+        assert capi.create(json.dumps({f"wrong{seed}": 1}))[0] == Status.INVALID_JSON
+        barrier.wait(60)
+        errors_of[seed] = str(capi.last_error()[1])
+        capi.destroy(mine)
+
+    made: dict[int, list[np.ndarray]] = {1: [], 2: []}
+    errors_of: dict[int, str] = {}
+    barrier = threading.Barrier(4)
+    threads = [threading.Thread(target=work, args=(1 + n % 2,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert np.array_equal(made[1][0], made[1][1])
+    assert np.array_equal(made[2][0], made[2][1])
+    assert not np.array_equal(made[1][0], made[2][0])
+    assert all(f"'wrong{seed}'" in text for seed, text in errors_of.items()), "a thread reads its own errors"
+
+
+def test_a_run_that_fails_says_so_and_the_session_goes_on(handle: int):
+    graph = capi._TABLE.find(handle).worker._session.graphs["stage2_first"]
+    weight = next(graph._module.parameters()).view(-1)  # type: ignore[attr-defined]
+    kept = weight[0].item()
+    weight[0] = float("nan")
+    capi.submit(handle, "{}", pixels())
+    for _ in range(2):
+        assert capi.borrow_segment(handle) == (Status.NUMERICS, None)
+        assert "segment 0: got latents that are not finite" in str(capi.last_error(handle)[1])
+    assert capi.poll(handle)[1][0] == State.FAILED  # type: ignore[index]
+    weight[0] = kept
+    assert capi.submit(handle, "{}", pixels())[0] == Status.OK
+    assert capi.borrow_segment(handle)[0] == Status.OK
+
+
+def test_the_log_goes_to_one_callback():
+    lines: list[tuple[int, str]] = []
+
+    def note(level: int, text: str) -> None:
+        lines.append((level, text))
+        if handle == 0 or f"session {handle}: " not in text:
+            return
+        if "started" in text:
+            raise RuntimeError("a callback that fails loses its line only")
+        if "finished" in text:
+            statuses.append(capi.destroy(handle)[0])
+
+    statuses: list[Status] = []
+    handle = 0
+    assert capi.set_log(note) == (Status.OK, None)
+    handle = opened(frames=13)
+    capi.submit(handle, "{}", pixels())
+    fetch(handle)
+    while not statuses:
+        time.sleep(0.01)
+    assert statuses == [Status.INVALID_STATE], "the worker cannot wait for itself"
+    capi.set_log(None)
+    capi.destroy(handle)
+    said = [(level, text.partition(": ")[2]) for level, text in lines if text.startswith(f"session {handle}: ")]
+    assert said == [(20, "opened, tiny, 13 frames of 128x64 on cpu"), (20, "request started"), (20, "request finished")]
+    assert not logging.getLogger("swifti2v").handlers
+    assert capi.set_log("no function")[0] == Status.INVALID_ARGUMENT  # type: ignore[arg-type]
+
+
+def test_a_session_opens_a_bundle(tmp_path: Path):
+    build(tmp_path / "bündel")
+    status, handle = capi.create(json.dumps({"bundle": str(tmp_path / "bündel"), "stage2_steps": 1}))
+    assert status == Status.OK, capi.last_error()
+    assert handle is not None
+    assert capi.info(handle)[1][:3] == (192, 128, 33)  # type: ignore[index]
+    capi.destroy(handle)
+    wrong = {"bundle": str(tmp_path / "bündel"), "size": [128, 64]}
+    assert capi.create(json.dumps(wrong)) == (Status.MODEL, None)
+    assert capi.create(json.dumps({"bundle": wrong["bundle"], "dtype": "bf16"})) == (Status.INVALID_JSON, None)
+    assert capi.create(json.dumps({"bundle": str(tmp_path)}))[0] == Status.MODEL
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "words"),
+    [
+        ('{"profile": "tiny", "frames": 34}', Status.INVALID_JSON, "the nearest is 33"),
+        ('{"profile": "tiny", "frames": 4000000001}', Status.INVALID_JSON, "want 0 to 100001"),
+        ('{"profile": "tiny", "size": [128]}', Status.INVALID_JSON, "want [width, height]"),
+        ('{"profile": "tiny", "device": "tpu"}', Status.INVALID_JSON, "want auto, cpu, cuda"),
+        ('{"profile": "tiny", "device": "cuda:99"}', Status.ENVIRONMENT, "want one this machine has"),
+        ('{"profile": "tiny", "model_dir": "/nowhere"}', Status.MODEL, "want a folder"),
+        ('{"profile": "tiny", "models": {"stage3": "x"}}', Status.INVALID_JSON, "got stage3"),
+        ('{"profile": "tiny", "loras": {"stage2": [{"path": "x"}]}}', Status.INVALID_JSON, "missing ['strength']"),
+        ('{"profile": "wan-2k"}', Status.MODEL, "got none, want checkpoints"),
+        ('{"version": 2, "profile": "tiny"}', Status.INVALID_JSON, "got 2, want 1"),
+        ("{}", Status.INVALID_JSON, "neither a bundle nor a profile"),
+        ('{"profile": "tiny", "profile": "nano"}', Status.INVALID_JSON, "a field twice"),
+        ('{"profile": "tiny", "shift": 1e999}', Status.INVALID_JSON, "want one that is finite"),
+        ('{"profile": "tiny", "cache": "\\u0000"}', Status.INVALID_JSON, "NUL"),
+        ("[" * 100_000, Status.INVALID_JSON, "no valid JSON"),
+        (b'{"profile": "\xff"}', Status.INVALID_JSON, "no valid JSON"),
+        ('{"profile": "' + "x" * (1 << 20) + '"}', Status.INVALID_JSON, "want at most 1,048,576"),
+        (7, Status.INVALID_JSON, "got int, want JSON text"),
+    ],
+)
+def test_wrong_configs_are_refused(config: str | bytes, status: Status, words: str):
+    assert capi.create(config) == (status, None)
+    text = str(capi.last_error()[1])
+    assert words in text
+    assert re.fullmatch(r".+: got .+, want .+; .+", text), text
+
+
+FIELDS = sorted(set(Ask.__dataclass_fields__) | {"colour", "Seed", ""})
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    request_=st.one_of(
+        st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=4).map(json.dumps),
+        JUNK.map(json.dumps),
+        st.text(max_size=60),
+        st.binary(max_size=60),
+        st.text(max_size=20).map(lambda text: '{"seed": 3, "prompt": "' + text),
+    )
+)
+def test_200_malformed_requests_give_a_status_and_a_text(shared: int, request_: str | bytes):
+    status, result = capi.submit(shared, request_, pixels())
+    if status == Status.OK:  # a dictionary can be right by chance
+        assert set(json.loads(request_)) <= set(Ask.__dataclass_fields__)
+        capi.cancel(shared)
+        return
+    assert result is None
+    assert status in (Status.INVALID_JSON, Status.INVALID_IMAGE)
+    text = str(capi.last_error(shared)[1])
+    assert re.search(r": got .+, want .+", text, re.DOTALL), text
+    assert "\n" not in text
+    assert capi.poll(shared)[0] == Status.OK
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(field=st.sampled_from(sorted(set(Config.__dataclass_fields__) - {"profile"})), value=JUNK)
+def test_malformed_configs_give_a_status_and_a_text(field: str, value: object):
+    status, handle = capi.create(json.dumps({**SMALL, "frames": 13, field: value}))
+    if handle is not None:
+        capi.destroy(handle)
+        return
+    assert status in (Status.INVALID_JSON, Status.MODEL), capi.last_error()
+    assert "got " in str(capi.last_error()[1])
+
+
+def test_the_header_has_the_same_numbers():
+    header = (ROOT / "native" / "include" / "swifti2v.h").read_text()
+    assert f"#define SWIFTI2V_ABI_VERSION {capi.API_VERSION}\n" in header
+
+    def numbers(enum: str) -> dict[str, int]:
+        body = re.search(rf"typedef enum {enum} \{{(.*?)\}}", header, re.DOTALL)
+        assert body is not None
+        return {name: int(value) for name, value in re.findall(r"SWIFTI2V_(\w+) = (-?\d+)", body[1])}
+
+    assert numbers("swifti2v_status") == {status.name: status.value for status in Status}
+    assert numbers("swifti2v_state") == {f"STATE_{state.name}": state.value for state in State}
+    stages = {stage.name.replace("STAGE1", "1").replace("STAGE2", "2"): stage.value for stage in Stage}
+    assert numbers("swifti2v_stage") == {f"STAGE_{name}": value for name, value in stages.items()}
+
+
+def test_every_error_of_the_package_has_its_status():
+    expected = {
+        "Cancelled": Status.CANCELLED, "EnvironmentMismatch": Status.ENVIRONMENT, "BundleError": Status.MODEL,
+        "WeightsError": Status.MODEL, "ProfileError": Status.INVALID_JSON, "MediaError": Status.INVALID_IMAGE,
+        "NumericsError": Status.NUMERICS,
+    }  # fmt: skip
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.SwiftError):
+            assert status_of(kind("x")) == expected.get(name, Status.FAILED), name
+    assert status_of(MemoryError()) == Status.NO_MEMORY
+    assert capi_status.text_of(ValueError("a\nb")) == "ValueError: a b"
