@@ -23,7 +23,10 @@ class Terminated(BaseException):
 
 
 def run(cli: click.Command, name: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 ok, 1 failed, 2 usage, 3 this machine does not fit, 130 and 143 signals."""
+    """Run the command line and exit.
+
+    0 ok, 1 failed, 2 usage, 3 this machine does not fit, 4 some shots failed, 75 try again, 130 and 143 signals.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
