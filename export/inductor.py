@@ -1,6 +1,7 @@
 """AOTInductor packages: torch.export, attention written out, weights frozen into the code."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def build(job: Job, folder: Path) -> None:
         value.contiguous(memory_format=memory_format(spec, tensor))
         for value, tensor in zip(job.inputs(), spec.inputs, strict=True)
     )
-    with torch.no_grad():  # inference mode does not go through the compiler
+    with torch.no_grad(), warnings.catch_warnings():  # inference mode does not go through the compiler
+        warnings.simplefilter("ignore")  # torch's remarks on itself
         program = torch.export.export(job.module(), inputs, strict=False)
         table = torch.export.default_decompositions()
         table[torch.ops.aten.scaled_dot_product_attention.default] = plain_attention
