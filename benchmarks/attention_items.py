@@ -1,0 +1,75 @@
+"""The attention case: softmax attention on the shapes of both stages' windows, by every kernel torch has here."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..kernels.attention import attention
+from ..kernels.dispatch import Shape, candidates, installed, run_backend
+from ..kernels.launch import capability
+from .clock import Work
+from .flops import count_flops
+from .items import Item, random, window_of
+from .models import Models
+from .variants import SHORT
+
+CPU = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+
+
+def attention_items(models: Models, dtypes: list[torch.dtype], say: Callable[[str], None]) -> list[Item]:
+    """Self-attention of one layer, on the window of every step graph. `say` hears of kernels that refuse a shape."""
+    profile = models.profile
+    names = ["stage1_step"] if profile.stage1.boundary is None else ["stage1_high_step"]
+    names += [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), profile.windows, strict=False)]
+    items = []
+    for name in names:
+        stage = profile.stage2 if name.startswith("stage2") else profile.stage1
+        blocks, _ = window_of(profile, name)
+        shape = (1, stage.dit.heads, blocks * stage.block_tokens, stage.dit.head_dim)
+        meta = [torch.empty(shape, device="meta") for _ in range(3)]
+        works: dict[str, Work] = {}
+        dtype_of: dict[str, torch.dtype] = {}
+        for dtype in dtypes:
+            q, k, v = (random(shape, dtype, models.device, seed) for seed in range(3))
+            for kernel, call in _calls(q, k, v).items():
+                refused = _refusal(call)
+                if refused:
+                    say(f"{name}: {kernel} {SHORT[dtype]} refuses ({refused}), is not timed;")
+                else:
+                    works[f"{kernel} {SHORT[dtype]}"], dtype_of[f"{kernel} {SHORT[dtype]}"] = Work(call), dtype
+        items.append(Item(f"attention {name}", count_flops(attention, *meta), works, dtype_of))
+    return items
+
+
+def _calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Calls by name: what torch chooses, then what can be asked for; on CUDA also our kernels and flash-attn's."""
+
+    def run(function: Callable[..., Tensor], *arguments: object) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.inference_mode():
+                return function(*arguments)
+
+        return call
+
+    if q.device.type == "cuda":
+        batch, heads, tokens, dim = q.shape
+        shape = Shape(batch, heads, tokens, tokens, 0, dim, SHORT[q.dtype])
+        names = candidates(shape, capability(q.device), installed())
+        return {name: run(run_backend, name, q, k, v, None, None) for name in names}
+    return {"sdpa": run(attention, q, k, v)} | {name: run(_forced, kind, q, k, v) for name, kind in CPU.items()}
+
+
+def _forced(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return attention(q, k, v)
+
+
+def _refusal(call: Callable[[], Tensor]) -> str:
+    """Why a kernel does not run on a shape, in one line; empty if it does."""
+    try:
+        call()
+    except Exception as error:  # a kernel may refuse in any way it likes
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    return ""

@@ -1,0 +1,185 @@
+"""`swifti2v-bench CASE` for every speed case: tables on stdout, progress on stderr, the whole record in --json FILE."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..engine.errors import ProfileError
+from ..engine.manifest import PRECISIONS
+from ..engine.presets import PROFILES, get_profile
+from ..runtime.backend_registry import BACKENDS
+from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
+from ..runtime.devices import best_dtype
+from ..runtime.sidecar import write_json
+from .baseline import Change, compare, read_record
+from .clock import CLOCKS, ClockName, Timing
+from .items import Bench
+from .models import open_models
+from .peers import Peer, diffusers
+from .plot import plot_lengths
+from .report import HEADER, LENGTH_HEADER, Peaks, Result, length_cells, make_record, row_cells, table
+from .speed import CASES, WITH_LENGTHS, Plan, check_case
+from .variants import bundle_variant, compiled_variant, distinct, eager_variant
+
+REGRESSED = 3  # the exit code
+STDOUT = Path("-")
+
+
+def speed_command(case: str) -> click.Command:
+    """The command of one case."""
+    options: list[click.Parameter] = [
+        click.Option(["--profile", "profile_name"], default="nano", show_default=True, help=f"{', '.join(PROFILES)}."),
+        click.Option(["--frames"], type=int, help="Length, 4k+1 frames."),
+        click.Option(["--model-dir"], type=PATH, help="Folder with weights; the shipped ones, or random ones if none."),
+        click.Option(["--device"], type=Device(), default="auto", show_default=True, help="auto, cpu, cuda ..."),
+        click.Option(
+            ["--dtype", "dtypes"], type=click.Choice(list(PRECISIONS)), multiple=True,
+            help="Eager PyTorch in this dtype; repeatable. What the device is best in, if neither this nor --bundle.",
+        ),
+        click.Option(["--bundle", "bundles"], type=PATH, multiple=True, help="A compiled bundle; repeatable."),
+        click.Option(["--backend"], type=click.Choice(list(BACKENDS)), help="Refuse bundles of another backend."),
+        click.Option(["--compile", "compiling"], is_flag=True, help="Also torch.compile."),
+        click.Option(["--peers"], is_flag=True, help="Also diffusers' modules with the same weights, in fp32."),
+        click.Option(["--peer-dtype"], type=click.Choice(list(PRECISIONS)), help="Peers in this dtype too."),
+        click.Option(["--runs"], type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each."),
+        click.Option(["--warmup"], type=click.IntRange(0), default=2, show_default=True, help="Calls before them."),
+        click.Option(
+            ["--clock"], type=click.Choice(list(CLOCKS)), default="wall", show_default=True,
+            help="On a CPU; process counts only what cores did for this process, with --threads 1 for busy machines.",
+        ),
+        click.Option(["--threads"], type=click.IntRange(1), help="Threads on the CPU."),
+        click.Option(["--json", "json_file"], type=PATH, help="Write the record, with raw samples; - is stdout."),
+        click.Option(["--baseline"], type=PATH, help=f"Compare with a record of --json; exit {REGRESSED} if slower."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="No progress."),
+    ]  # fmt: skip
+    if case in WITH_LENGTHS:
+        options.append(click.Option(["--lengths"], help="Frames, separated by commas: 33,65,97."))
+        options.append(click.Option(["--plot"], type=PATH, help="Draw times over frames, a .png or .svg."))
+    help_text = CASES[case].__doc__
+    return click.Command(case, params=options, callback=lambda **given: _run(case, **given), help=help_text)
+
+
+def _run(
+    case: str,
+    *,
+    device: str,
+    runs: int,
+    warmup: int,
+    clock: ClockName,
+    threads: int | None,
+    json_file: Path | None,
+    baseline: Path | None,
+    quiet: bool,
+    compiling: bool,
+    lengths: str | None = None,
+    plot: Path | None = None,
+    **chosen: Any,
+) -> int:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    before = None if baseline is None else read_record(baseline)
+    place, _ = pick_device("cpu" if case == "cpu-nano" and device == "auto" else device, "auto")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    timing = Timing(runs, warmup, clock)
+    bench = _open(case, place, compiling, **chosen)
+    peaks = Peaks(place, clock)
+    say = (lambda _: None) if quiet else (lambda text: click.echo(f"{case}: {text} done", err=True))
+    plan = Plan(timing, _numbers(lengths), compiling, say)
+    result = CASES[case](bench, peaks, plan)
+    record = make_record(case, bench.models, bench.variants, result, peaks, timing)
+    changes = [] if before is None else compare(record, before)
+    if before is not None:
+        record["changes"] = [change.as_json() for change in changes]
+    if plot is not None:
+        plot_lengths(record, plot)
+    if json_file is not None and json_file != STDOUT:
+        write_json(json_file, record)
+    if json_file == STDOUT:
+        click.echo(json.dumps({"ok": True, "exit_code": 0, "result": record}, ensure_ascii=False))
+    else:
+        _print(record, result, peaks, changes)
+    for variant in bench.variants.values():
+        variant.close()
+    return REGRESSED if any(change.regressed for change in changes) else 0
+
+
+def _open(
+    case: str,
+    device: torch.device,
+    compiling: bool,
+    *,
+    profile_name: str,
+    frames: int | None,
+    model_dir: Path | None,
+    dtypes: tuple[str, ...],
+    bundles: tuple[Path, ...],
+    backend: str | None,
+    peers: bool,
+    peer_dtype: str | None,
+) -> Bench:
+    """What is compared: peers first, then eager, torch.compile, bundles; ratios are to the first."""
+    if case == "cpu-nano" and (profile_name not in ("nano", "tiny") or device.type != "cpu"):
+        raise ProfileError(f"cpu-nano: got {profile_name} on {device.type}, want nano on cpu; use the other cases")
+    models = open_models(get_profile(profile_name).override(frames=frames), model_dir, device)
+    numbers = [PRECISIONS[name] for name in dtypes] or ([] if bundles else [best_dtype(device)])
+    variants = [eager_variant(models, dtype) for dtype in numbers]
+    if compiling and case != "ladder":
+        variants.append(compiled_variant(models, numbers[-1] if numbers else best_dtype(device)))
+    variants += [bundle_variant(models, folder, backend, cache_folder()) for folder in bundles]
+    wanted = [torch.float32] if peers else []
+    wanted += [PRECISIONS[peer_dtype]] if peer_dtype is not None else []
+    beside = [Peer(dtype, compiled) for dtype in dict.fromkeys(wanted) for compiled in (False, True)[: 1 + compiling]]
+    check_case(case, variants, len(beside))
+    if beside:
+        diffusers()
+    return Bench(models, distinct(variants), beside)
+
+
+def _print(record: dict[str, Any], result: Result, peaks: Peaks, changes: list[Change]) -> None:
+    click.echo(_facts(record))
+    if result.rows:
+        click.echo(table(HEADER, [row_cells(row) for row in result.rows]))
+        notes = dict.fromkeys(f"{row.name} {row.variant}: {row.note}" for row in result.rows if row.note)
+        click.echo("".join(f"{note}\n" for note in notes), nl=False)
+    if result.lengths:
+        rate = next(iter(peaks.found.values())).rate
+        click.echo(table(LENGTH_HEADER, [length_cells(point, rate) for point in result.lengths]))
+        for way, fit in record["lengths"]["growth"].items():
+            click.echo(f"{way}: denoising grows as frames^{fit['denoise_growth_exponent']:.2f}" + _line(fit))
+    for change in changes:
+        ratio = change.ratio
+        verdict = "SLOWER" if change.regressed else "ok"
+        click.echo(
+            f"{verdict}: {change.name} {change.variant} takes {ratio.value:.3f} of the baseline's time "
+            f"[{ratio.low:.3f}, {ratio.high:.3f}]"
+        )
+
+
+def _facts(record: dict[str, Any]) -> str:
+    identity, profile = record["identity"], record["profile"]
+    device, weights = identity["device"], identity["weights"]
+    kind = weights.get("all", "checkpoints")
+    rates = [*record["peak"].items(), *record["products_reach"].items()]
+    peak = "; ".join(f"{name} {value['tflops']:g} TFLOP/s, {value['source']}" for name, value in rates)
+    return (
+        f"{profile['name']} {profile['frames']} frames of {profile['size'][0]}x{profile['size'][1]}, weights: {kind}\n"
+        f"{device['name']}, torch {identity['versions']['torch']}, {record['timer']['runs']} runs after "
+        f"{record['timer']['warmup']} of warm-up\npeak: {peak}"
+    )
+
+
+def _line(fit: dict[str, Any]) -> str:
+    away = fit["denoise_from_a_line"]
+    return "" if away is None else f", within {100 * away:.1f} % of a line"
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise click.UsageError(f"--lengths: got {text!r}, want frames separated by commas, such as 33,65,97")
+    return tuple(int(word) for word in words)

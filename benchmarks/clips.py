@@ -1,0 +1,212 @@
+"""Whole clips: where their time goes, when the first frames are there, how time grows with length."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ..engine.profile import Profile
+from ..engine.segments import plan_segments
+from ..runtime.session import Request, Session
+from ..runtime.timing import Timings
+from .clock import CLOCKS, ClockName, Samples, Timing, Work, time_in_turns
+from .flops import clip_flops
+from .models import Models
+from .rows import PeakOf, Row, ratios
+from .variants import Variant
+
+STAGES = ("prompt", "stage1", "reference", "denoise", "decode", "frames")
+PROMPT = "slow zoom in, camera pans left"
+
+
+class StageClock(Timings):
+    """Timings of a session's stages by the clock that the whole call is timed by."""
+
+    def __init__(self, device: torch.device, clock: ClockName) -> None:
+        super().__init__(device)
+        self._clock: ClockName = clock
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            with super().phase(name):
+                yield
+        else:
+            now = CLOCKS[self._clock]
+            start = now()
+            yield
+            self._seconds[name] += now() - start
+
+
+@dataclass
+class Runs:
+    """A session of one variant that is timed, and the seconds of every stage of each of its calls."""
+
+    session: Session
+    clock: ClockName
+    stages: list[dict[str, float]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.session.timings = StageClock(self.session.device, self.clock)
+
+    def stop(self) -> None:
+        self.stages.append(self.session.timings.seconds())
+
+
+def open_session(models: Models, variant: Variant) -> Session:
+    """A session on a variant's own graphs, which are opened when first called."""
+    return Session(variant.profile, variant.graphs, models.prompts, models.device, models.image_encoder)
+
+
+def sample_request(profile: Profile) -> Request:
+    """A request with a noise image: the time does not depend on what is to be seen."""
+    image = np.random.default_rng(0).integers(0, 256, (profile.height, profile.width, 3), np.uint8)
+    return Request(image, PROMPT)
+
+
+def clip_rows(models: Models, variants: dict[str, Variant], peak_of: PeakOf, timing: Timing) -> list[Row]:
+    """A clip from request to the last frame on the host: one row in all, one for each stage, and what no stage has."""
+    sessions = {name: Runs(open_session(models, variant), timing.clock) for name, variant in variants.items()}
+
+    def work(one: Runs) -> Work:
+        request = sample_request(one.session.profile)
+        return Work(lambda: _drain(one.session, request), one.start, one.stop)
+
+    works = {name: work(one) for name, one in sessions.items()}
+    samples = time_in_turns(works, models.device, timing, memory=len(works) == 1)
+    rows = []
+    for name, one in sessions.items():
+        flops = clip_flops(variants[name].profile)
+        rate = peak_of(variants[name].dtype).rate
+        total = sum(flops.values())
+        rows += stage_rows(name, samples[name], one.stages, flops, rate, timing.warmup)
+        rows.append(Row("clip", name, samples[name], total, total / rate, ratios=ratios(samples, name)))
+    return rows
+
+
+def stage_rows(
+    name: str, total: Samples, stages: Sequence[dict[str, float]], flops: dict[str, int], rate: float, warmup: int
+) -> list[Row]:
+    """Rows of the stages of calls that took `total`, and `unaccounted`: what is left of each call."""
+    warm = stages[1 + warmup : 1 + warmup + len(total.warm)]  # the cold call comes first, the one for memory last
+    rows = []
+    for stage in STAGES:
+        samples = Samples(stages[0].get(stage, 0.0), [one.get(stage, 0.0) for one in warm])
+        work = flops.get(stage, 0)
+        rows.append(Row(stage, name, samples, work, work / rate if work else None))
+    left = [seconds - sum(one.values()) for seconds, one in zip(total.warm, warm, strict=True)]
+    rows.append(Row("unaccounted", name, Samples(total.cold - sum(stages[0].values()), left)))
+    return rows
+
+
+def first_frames_rows(models: Models, variants: dict[str, Variant], peak_of: PeakOf, timing: Timing) -> list[Row]:
+    """From request to the first segment's frames on the host. Frame 0 is the image itself and needs no time."""
+
+    def work(session: Session) -> Work:
+        request = sample_request(session.profile)
+        return Work(lambda: next(iter(session.generate(request))))
+
+    works = {name: work(open_session(models, variant)) for name, variant in variants.items()}
+    samples = time_in_turns(works, models.device, timing, memory=len(works) == 1)
+    rows = []
+    for name, variant in variants.items():
+        profile = variant.profile
+        flops = first_flops(profile)
+        frames = profile.noisy * profile.block_frames + 1
+        bound = flops / peak_of(variant.dtype).rate
+        note = f"frames 0 to {frames - 1} of {profile.frames}"
+        rows.append(Row("first-frames", name, samples[name], flops, bound, ratios=ratios(samples, name), note=note))
+    return rows
+
+
+def first_flops(profile: Profile) -> int:
+    """Operations until the first segment is decoded: Stage I in full, of Stage II one segment."""
+    whole, one = clip_flops(profile), clip_flops(profile.override(frames=profile.noisy * profile.block_frames + 1))
+    return whole["prompt"] + whole["stage1"] + sum(one[stage] for stage in ("reference", "denoise", "decode"))
+
+
+@dataclass(frozen=True)
+class LengthPoint:
+    """Stage II of a clip of one length in one way: seconds by stage, one entry a run."""
+
+    way: str
+    frames: int
+    segments: int
+    window: int  # blocks of the longest
+    flops: int  # reference, denoise and decode
+    denoise_flops: int
+    denoise: tuple[float, ...]
+    samples: Samples
+
+
+Open = Callable[[Profile], Variant]
+
+
+def length_points(
+    models: Models,
+    open_variant: Open,
+    lengths: Sequence[int],
+    ways: Sequence[str],
+    timing: Timing,
+    on_length: Callable[[str], None],
+) -> list[LengthPoint]:
+    """Stage II of clips of several lengths, in segments and as one window of all blocks, from the same motion.
+
+    The ways of a length are timed in turns. `open_variant` gives the graphs of a profile.
+    """
+    points = []
+    for frames in lengths:
+        profiles = {way: length_profile(models.profile, frames, way) for way in ways}
+        variants = {way: open_variant(profile) for way, profile in profiles.items()}
+        sessions = {way: Runs(open_session(models, variant), timing.clock) for way, variant in variants.items()}
+        works = {way: _stage2_work(one) for way, one in sessions.items()}
+        # the memory of one way does not count the other's: nothing but the shared weights outlives a call
+        samples = time_in_turns(works, models.device, timing)
+        for way, one in sessions.items():
+            profile, flops = profiles[way], clip_flops(profiles[way])
+            parts = one.stages[1 + timing.warmup : 1 + timing.warmup + timing.runs]
+            points.append(
+                LengthPoint(
+                    way=way,
+                    frames=frames,
+                    segments=len(plan_segments(profile.blocks, profile.noisy, profile.neighbours)),
+                    window=profile.windows[-1],
+                    flops=sum(flops[stage] for stage in ("reference", "denoise", "decode")),
+                    denoise_flops=flops["denoise"],
+                    denoise=tuple(part["denoise"] for part in parts),
+                    samples=samples[way],
+                )
+            )
+        for variant in variants.values():
+            variant.check()
+        on_length(f"{frames} frames")
+    return points
+
+
+def length_profile(profile: Profile, frames: int, way: str) -> Profile:
+    """A profile of another length, in `segments` or as the `full-sequence` baseline: one window of all blocks."""
+    profile = profile.override(frames=frames)
+    return profile if way == "segments" else replace(profile, noisy=profile.blocks - 1, neighbours=0)
+
+
+def _stage2_work(one: Runs) -> Work:
+    """All but Stage I, whose result is random motion."""
+    profile, device = one.session.profile, one.session.device
+    stage = profile.stage1
+    shape = (1, stage.dit.out_channels, profile.blocks, stage.latent_height, stage.latent_width)
+    motion = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    request = sample_request(profile)
+
+    def call() -> None:
+        clip, state = one.session.prepare(request, motion=motion)
+        for _ in one.session.resume(request, clip, state):
+            pass
+
+    return Work(call, one.start, one.stop)
+
+
+def _drain(session: Session, request: Request) -> None:
+    for _ in session.generate(request):
+        pass
