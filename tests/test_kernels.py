@@ -29,6 +29,10 @@ from swifti2v.kernels.vae_norm import (
 from swifti2v.kernels.window_attention import attend, attend_eager, norm_rope, norm_rope_eager, norm_rope_into
 from swifti2v.runtime.image import to_frames
 
+# In a process with few others: late in a long one, after hundreds of tests of other files, the first call of an op was
+# seen to end the process (torch 2.13, CPU). The cause is not known; it was not seen again in any smaller selection.
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
