@@ -219,12 +219,22 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tree: Path, ppm
         done(run(command, tmp_path, ASAN_OPTIONS="detect_leaks=0"))
 
 
+def made_by_us(record: str) -> bool:
+    """Whether our C code is what valgrind speaks of: called by it with no Python function or PyTorch in between."""
+    for frame in re.findall(r"(?:at|by) 0x\w+: (.*)", record):
+        if "_PyEval" in frame or "torch" in frame:
+            return False
+        if re.search(r"libswifti2v|\((?:calls|threads|generate)\.c|/native/(?:calls|threads)|/c/generate", frame):
+            return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind on this machine")
 @pytest.mark.parametrize("host", ["calls", "threads", "generate"])
-def test_valgrind_finds_nothing_in_our_frames(tree: Path, ppm: Path, tmp_path: Path, host: str):
-    """Foreign, freed and unset memory, and leaks; reports without a frame of ours are CPython's and PyTorch's own."""
+def test_valgrind_finds_nothing_of_ours(tree: Path, ppm: Path, tmp_path: Path, host: str):
+    """No wrong access to memory (the loader's strncmp reads whole words); no unset values and no leaks of ours."""
     log = tmp_path / "valgrind.log"
     (tmp_path / "out").mkdir()
     folder = tree / "build" / "native" / ("examples/c" if host == "generate" else "tests/native")
@@ -232,6 +242,6 @@ def test_valgrind_finds_nothing_in_our_frames(tree: Path, ppm: Path, tmp_path: P
     done(run(["valgrind", "--leak-check=full", "--num-callers=12", f"--log-file={log}", *words], tmp_path))
     records = re.split(r"^==\d+== \n", log.read_text(), flags=re.MULTILINE)
     assert any("ERROR SUMMARY" in text for text in records)
-    ours = [text for text in records if re.search(r"libswifti2v|\((?:calls|threads|generate)\.c", text)]
-    kinds = r"definitely lost in|Invalid (?:read|write|free)|uninitialised"
-    assert not [text for text in ours if re.search(kinds, text)]
+    assert not [text for text in records if "Invalid" in text and "(dl-load.c:" not in text]
+    kinds = r"definitely lost in|uninitialised"
+    assert not [text for text in records if re.search(kinds, text) and made_by_us(text)]
