@@ -1,6 +1,7 @@
 """The rules of the house, checked on the syntax tree: layers, side effects, sizes."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,11 @@ def test_every_room_is_packaged():
     for room in ROOMS:
         if any((ROOT / room).glob("*.py")):
             assert f'"swifti2v.{room}"' in text, f"{room} is missing from packages in pyproject.toml"
+
+
+def test_the_package_is_imported_once():
+    """A second copy under another name would register the kernels' ops again, which takes the first copy's away."""
+    import swifti2v  # noqa: F401
+
+    copies = [name for name in sys.modules if name.endswith("kernels.modulation")]
+    assert copies == ["swifti2v.kernels.modulation"]

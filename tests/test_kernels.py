@@ -29,11 +29,6 @@ from swifti2v.kernels.vae_norm import (
 from swifti2v.kernels.window_attention import attend, attend_eager, norm_rope, norm_rope_eager, norm_rope_into
 from swifti2v.runtime.image import to_frames
 
-# Not in CI: with torch 2.13 on a CPU the registration of an op is now and then gone when it is first called ("doesn't
-# have a schema registered", or a crash), in a process in which other ops work. The cause is not known yet. Nothing but
-# these tests calls the ops on a CPU: models run with EAGER there.
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
