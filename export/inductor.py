@@ -1,8 +1,10 @@
-"""AOTInductor packages: torch.export, attention written out, weights frozen into the code."""
+"""AOTInductor packages: torch.export, attention in its fastest form, weights frozen into the code."""
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,7 @@ def build(job: Job, folder: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():  # inference mode does not go through the compiler
         warnings.simplefilter("ignore")  # torch's remarks on itself
         program = torch.export.export(job.module(), inputs, strict=False)
-        table = torch.export.default_decompositions()
-        table[torch.ops.aten.scaled_dot_product_attention.default] = plain_attention
+        table = decompositions(torch.cpu.get_capabilities().get("amx_tile") is True)
         torch._inductor.aoti_compile_and_package(
             program.run_decompositions(table), package_path=str(folder / "model.pt2"), inductor_configs=CONFIG
         )
@@ -36,6 +37,20 @@ def build(job: Job, folder: Path) -> None:
 def built_with() -> dict[str, str]:
     """Packages that have a hand in the artifact, and need not be there where it runs."""
     return {}
+
+
+def decompositions(amx: bool) -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
+    """How operations are taken apart for Inductor, on a CPU with or without AMX.
+
+    With it torch's own attention is 1.1 to 4 times as fast as what Inductor makes of the formula; without, it was
+    several times slower in bf16.
+    """
+    table = torch.export.default_decompositions()
+    if amx:
+        table.pop(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    else:
+        table[torch.ops.aten.scaled_dot_product_attention.default] = plain_attention
+    return table
 
 
 def plain_attention(
@@ -49,10 +64,7 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """Attention of q [B, heads, Lq, D] as two products around an exponential, by which Inductor does not know it.
-
-    What it knows as attention it calls from torch, whose CPU kernel is several times slower in bf16.
-    """
+    """Attention of q [B, heads, Lq, D] as two products around an exponential, by which Inductor does not know it."""
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # [B, heads, Lq, Lk]
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))

@@ -12,7 +12,7 @@ from swifti2v.engine.errors import BundleError, SpecError
 from swifti2v.engine.graphs import profile_graphs
 from swifti2v.engine.manifest import Bundle, Precision
 from swifti2v.export.build import build_bundle
-from swifti2v.export.inductor import plain_attention
+from swifti2v.export.inductor import decompositions, plain_attention
 from swifti2v.export.parity import sample_feed
 from swifti2v.kernels.attention import attention
 from swifti2v.runtime.backend_inductor import InductorExecutable, arch, memory_format, precisions
@@ -136,6 +136,18 @@ def test_attention_written_out_is_attention(masked: bool):
     torch.testing.assert_close(plain_attention(q, k, v, mask), attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
     wide = plain_attention(100 * q, 100 * k, v, mask)
     assert torch.isfinite(wide).all()
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_attention_is_torchs_own_where_that_is_fast(amx: bool):
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return attention(q, q, q)
+
+    program = torch.export.export(Attention(), (torch.randn(1, 2, 5, 12),)).run_decompositions(decompositions(amx))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("flash_attention_for_cpu" in name for name in names) == amx
+    assert any("exp" in name for name in names) != amx
 
 
 @pytest.mark.slow
