@@ -8,7 +8,7 @@ import click
 import torch
 
 from ..engine.errors import ProfileError
-from ..engine.manifest import PRECISIONS
+from ..engine.manifest import EAGER_PRECISIONS
 from ..engine.presets import PROFILES, get_profile
 from ..runtime.backend_registry import BACKENDS
 from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
@@ -36,14 +36,14 @@ def speed_command(case: str) -> click.Command:
         click.Option(["--model-dir"], type=PATH, help="Folder with weights; the shipped ones, or random ones if none."),
         click.Option(["--device"], type=Device(), default="auto", show_default=True, help="auto, cpu, cuda ..."),
         click.Option(
-            ["--dtype", "dtypes"], type=click.Choice(list(PRECISIONS)), multiple=True,
+            ["--dtype", "dtypes"], type=click.Choice(list(EAGER_PRECISIONS)), multiple=True,
             help="Eager PyTorch in this dtype; repeatable. What the device is best in, if neither this nor --bundle.",
         ),
         click.Option(["--bundle", "bundles"], type=PATH, multiple=True, help="A compiled bundle; repeatable."),
         click.Option(["--backend"], type=click.Choice(list(BACKENDS)), help="Refuse bundles of another backend."),
         click.Option(["--compile", "compiling"], is_flag=True, help="Also torch.compile."),
         click.Option(["--peers"], is_flag=True, help="Also diffusers' modules with the same weights, in fp32."),
-        click.Option(["--peer-dtype"], type=click.Choice(list(PRECISIONS)), help="Peers in this dtype too."),
+        click.Option(["--peer-dtype"], type=click.Choice(list(EAGER_PRECISIONS)), help="Peers in this dtype too."),
         click.Option(["--runs"], type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each."),
         click.Option(["--warmup"], type=click.IntRange(0), default=2, show_default=True, help="Calls before them."),
         click.Option(
@@ -124,13 +124,13 @@ def _open(
     if case == "cpu-nano" and (profile_name not in ("nano", "tiny") or device.type != "cpu"):
         raise ProfileError(f"cpu-nano: got {profile_name} on {device.type}, want nano on cpu; use the other cases")
     models = open_models(get_profile(profile_name).override(frames=frames), model_dir, device)
-    numbers = [PRECISIONS[name] for name in dtypes] or ([] if bundles else [best_dtype(device)])
+    numbers = [EAGER_PRECISIONS[name] for name in dtypes] or ([] if bundles else [best_dtype(device)])
     variants = [eager_variant(models, dtype) for dtype in numbers]
     if compiling and case != "ladder":
         variants.append(compiled_variant(models, numbers[-1] if numbers else best_dtype(device)))
     variants += [bundle_variant(models, folder, backend, cache_folder()) for folder in bundles]
     wanted = [torch.float32] if peers else []
-    wanted += [PRECISIONS[peer_dtype]] if peer_dtype is not None else []
+    wanted += [EAGER_PRECISIONS[peer_dtype]] if peer_dtype is not None else []
     beside = [Peer(dtype, compiled) for dtype in dict.fromkeys(wanted) for compiled in (False, True)[: 1 + compiling]]
     check_case(case, variants, len(beside))
     if beside:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.errors import BundleError, ProfileError
 from ..engine.graphs import Graph, profile_graphs
-from ..engine.manifest import PRECISIONS, read_bundle
+from ..engine.manifest import EAGER_PRECISIONS, read_bundle
 from ..engine.profile import Profile
 from ..engine.spec import Executable, Feed, GraphSpec
 from ..runtime.backend_eager import EagerExecutable
@@ -19,7 +19,7 @@ from ..runtime.sidecar import dtype_name
 from .backend_compile import CompiledExecutable
 from .models import Models
 
-SHORT = {dtype: name for name, dtype in PRECISIONS.items()}
+SHORT = {dtype: name for name, dtype in EAGER_PRECISIONS.items()}
 
 
 class Witness:

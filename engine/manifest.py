@@ -23,9 +23,11 @@ from .spec import GraphSpec
 FORMAT = 1
 MANIFEST = "manifest.json"
 PART = ".part"  # of a bundle that is being built
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What graphs take and give; fp8 is inside of graphs that are bf16 outside.
+EAGER_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {**EAGER_PRECISIONS, "fp8": torch.bfloat16}
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 Origin = Literal["shipped", "given", "untrained"]
 
 
@@ -78,7 +80,7 @@ class Recipe(NamedTuple):
         """The `swifti2v-export` command that builds this, to `folder` or to the user's cache."""
         words = [f"swifti2v-export --profile {self.profile.name}", *_overrides(self.profile)]
         if self.source == "given":
-            words.append("--weights DIR")
+            words.append("--weights DIR")  # and its LoRAs, which a manifest does not name
         words += [f"--backend {self.backend}", f"--precision {self.precision}"]
         if self.arch:
             words.append(f"--arch {self.arch}")

@@ -1,11 +1,9 @@
 """From modules to a bundle, graph by graph.
 
-What is finished stays: an interrupted build goes on where it stopped, and a second build of a bundle compiles only
-the graphs whose key has changed.
+What is finished stays: an interrupted build goes on where it stopped, and a build compiles only the graphs whose key
+no bundle has that is there already.
 """
 
-import hashlib
-import json
 import shutil
 import subprocess
 import time
@@ -17,13 +15,13 @@ import torch
 
 from ..engine.errors import ProfileError
 from ..engine.graphs import Graph, profile_graphs
-from ..engine.manifest import PRECISIONS, Artifact, Bundle, GraphRecord, Manifest, read_bundle, sha256_of
-from ..engine.plain import to_plain
+from ..engine.manifest import PRECISIONS, Artifact, Bundle, GraphRecord, Manifest, sha256_of
 from ..runtime.backend_cache import keep_folder
 from ..runtime.backend_registry import find_backend
 from ..runtime.backend_weights import Source
 from .builders import Processes, find_builder
 from .job import Job
+from .keys import GraphKey, graph_keys
 from .parity import parity_error
 from .part_folder import Finished, check_out, finish, finished_graphs, keep_graph, part_folder, put_graph
 from .target import Target, make_target, run_device
@@ -54,12 +52,14 @@ def build_bundle(
     on_progress: OnBuild | None = None,
     archs: Sequence[str] = (),
     jobs: int = 1,
+    reuse: Sequence[Path] = (),
 ) -> Bundle:
     """Compile the graphs of a source into the bundle `out`; `names` None are all of them.
 
     A bundle that is there already is replaced when the new one is whole; graphs in it that were not asked for stay
     where they still fit. `archs` are for backends that build for other machines; `jobs` graphs are compiled at once
-    where that is the work of other processes. NumericsError for a graph that does not compute what eager does.
+    where that is the work of other processes. Graphs are taken from the bundles `reuse` where their key is equal and
+    their files are whole. NumericsError for a graph that does not compute what eager does.
     """
     target = make_target(source, backend, archs)
     graphs = profile_graphs(source.profile, PRECISIONS[source.precision])
@@ -67,19 +67,20 @@ def build_bundle(
     report = on_progress or (lambda _: None)
     check_out(out)
     with part_folder(out) as part:
-        there = [finished_graphs(part), finished_graphs(out)]
+        own = {**finished_graphs(out), **finished_graphs(part)}
+        there = [finished_graphs(folder) for folder in (part, out, *reuse)]
+        keys = graph_keys({name: graphs[name] for name in graphs if name in picked or name in own}, source, target)
         records: dict[str, GraphRecord] = {}
         seconds: dict[str, float] = {}
         kept = set()
         work: list[_Work] = []
-        for name, graph in graphs.items():
-            key = graph_key(graph, source, target)
+        for name, key in keys.items():
             record = _kept(part, [found[name] for found in there if name in found], key)
             if record is not None:
                 records[name] = record
                 kept.add(name)
             elif name in picked:
-                work.append(_Work(graph, source, target, key, part, keep_folder(out)))
+                work.append(_Work(graphs[name], source, target, key, part, keep_folder(out)))
         for name in [name for name in picked if name in kept]:
             report(BuildProgress(name, picked.index(name), len(picked), records[name], kept=True))
 
@@ -94,8 +95,7 @@ def build_bundle(
             source.profile, backend, source.precision, target.arch, target.versions, target.built_with,
             source.record, {name: records[name] for name in graphs if name in records}, seconds,
         )  # fmt: skip
-        finish(part, out, manifest)
-    return read_bundle(out)
+        return finish(part, out, manifest)
 
 
 def pick_graphs(graphs: dict[str, Graph], names: Sequence[str] | None) -> list[str]:
@@ -106,26 +106,15 @@ def pick_graphs(graphs: dict[str, Graph], names: Sequence[str] | None) -> list[s
     return [name for name in graphs if not names or name in names]
 
 
-def graph_key(graph: Graph, source: Source, target: Target) -> str:
-    """SHA-256 (hex) of all that decides the artifacts of a graph."""
-    said = {
-        "spec": to_plain(graph.spec),
-        "weights": source.record.sha256[graph.weights],
-        "precision": source.precision,
-        "target": to_plain(target),
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _kept(part: Path, finished: Sequence[Finished], key: str) -> GraphRecord | None:
+def _kept(part: Path, finished: Sequence[Finished], key: GraphKey) -> GraphRecord | None:
     """The first of the finished graphs that has the key and is whole, taken over into the folder."""
-    return next((one[1] for one in finished if one[1].key == key and keep_graph(part, one)), None)
+    return next((one[1] for one in finished if one[1].key == key.digest and keep_graph(part, one)), None)
 
 
 class _Work:
     """One graph that is being compiled, here or by processes."""
 
-    def __init__(self, graph: Graph, source: Source, target: Target, key: str, part: Path, keep: Path) -> None:
+    def __init__(self, graph: Graph, source: Source, target: Target, key: GraphKey, part: Path, keep: Path) -> None:
         self.graph, self.source, self.target, self.key, self.part, self.keep = graph, source, target, key, part, keep
         self.name = graph.spec.name
         self.module = source.modules[graph.weights]
@@ -139,8 +128,8 @@ class _Work:
         self.started = time.perf_counter()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        sha256, archs = self.source.record.sha256[self.graph.weights], self.target.archs
-        job = Job(self.graph, self.module, sha256, self.source.precision, self.source.device, archs, self.keep)
+        precision, device, archs = self.source.precision, self.source.device, self.target.archs
+        job = Job(self.graph, self.module, self.key.weights, precision, device, archs, self.keep)
         self._steps = find_builder(self.target.backend).build(job, self.folder)
         self._process = None if self._steps is None else next(self._steps, None)
 
@@ -163,7 +152,7 @@ class _Work:
         if device is not None:
             error = self._parity(files, device)
         artifacts = tuple(Artifact(f"{self.name}/{file.name}", file.stat().st_size, sha256_of(file)) for file in files)
-        record = GraphRecord(self.graph.spec, self.graph.weights, self.key, error, artifacts)
+        record = GraphRecord(self.graph.spec, self.graph.weights, self.key.digest, error, artifacts)
         put_graph(self.part, self.folder, record)
         return record
 

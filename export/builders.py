@@ -27,6 +27,7 @@ class Builder:
     for_gpu: bool = False  # artifacts run on a GPU, wherever they are built
     archs: Callable[[Sequence[str], str], tuple[str, ...]] | None = None  # checks those that it builds for from afar
     precisions: tuple[Precision, ...] = ()  # of a builder for other machines; else those the backend has here
+    fp8: bool = False  # whether it also builds in that, whatever precisions the backend has beside it
     process_memory: Callable[[int], int] | None = None  # bytes of one process for bytes of weights
 
 
@@ -36,9 +37,9 @@ BUILDERS = {
     "eager": Builder(eager.build, eager.built_with),
     "inductor": Builder(inductor.build, inductor.built_with),
     "onnxruntime": Builder(onnxruntime.build, onnxruntime.built_with),
-    "tensorrt": Builder(TENSORRT.build, TENSORRT.built_with, True, process_memory=builder_memory),
+    "tensorrt": Builder(TENSORRT.build, TENSORRT.built_with, True, fp8=True, process_memory=builder_memory),
     "tensorrt-rtx": Builder(
-        RTX.build, RTX.built_with, True, rtx_archs, ("bf16", "fp16", "fp32"), process_memory=builder_memory
+        RTX.build, RTX.built_with, True, rtx_archs, ("bf16", "fp16", "fp32"), fp8=True, process_memory=builder_memory
     ),
     "torch-tensorrt": Builder(torch_tensorrt.build, torch_tensorrt.built_with, True),
 }

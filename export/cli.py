@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,11 +20,13 @@ from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftE
 from ..engine.graphs import profile_graphs
 from ..engine.manifest import PRECISIONS, Precision, read_bundle
 from ..engine.presets import PROFILES, get_profile
-from ..runtime.backend_cache import bundle_place, cache_folder
+from ..runtime.backend_cache import bundle_folders, bundle_place, cache_folder
 from ..runtime.backend_fit import check_machine, device_of
-from ..runtime.backend_weights import Source, open_source
+from ..runtime.backend_options import PATH, make_paths, model_options
+from ..runtime.backend_weights import Source, find_models, open_source
 from .build import build_bundle
 from .builders import BUILDERS, find_builder
+from .calibration import quantise_as, quantise_source
 from .cli_progress import show_build
 from .part_folder import check_out
 from .plan import Plan, plan_build, shape_words
@@ -31,11 +34,15 @@ from .target import Target, make_target, pick_precision
 from .verify import verify_graphs
 
 OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-PATH = click.Path(path_type=Path)
 
 
 class Terminated(BaseException):
     """SIGTERM as an exception, so that the build stops between two files."""
+
+
+def weights_options(command: Callable) -> Callable:
+    """The options of `swifti2v generate` for models, and this command's own name for their folder."""
+    return click.option("--weights", type=PATH, help="Another name for --model-dir.")(model_options(command))
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,12 +52,13 @@ class Terminated(BaseException):
 @click.option("--size", help="Final size in pixels, WIDTHxHEIGHT.")
 @click.option("--noisy", type=int, help="M: latent blocks made at once.")
 @click.option("--neighbours", type=int, help="N: clean blocks before them.")
-@click.option("--weights", type=PATH, help="Folder with stage1, stage2, vae1, vae2 and text; the shipped ones if none.")
+@weights_options
 @click.option("--backend", type=click.Choice(list(BUILDERS)), help="What to compile with.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="What the backend is best in, if none.")
 @click.option("--arch", help="What to compile for, such as sm89,sm120, where the backend can; this machine if none.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Graphs compiled at once.")
 @click.option("--graphs", help="Only these graphs, separated by commas.")
+@click.option("--reuse", type=PATH, multiple=True, help="Take graphs from this bundle, too; may be repeated.")
 @click.option("-o", "--output", type=PATH, help="The bundle to write; the user's cache, where generate looks, if none.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -60,17 +68,17 @@ def cli(
     context: click.Context,
     profile_name: str,
     size: str | None,
-    weights: Path | None,
     backend: str | None,
     precision: Precision | None,
     arch: str | None,
     jobs: int,
     graphs: str | None,
+    reuse: tuple[Path, ...],
     output: Path | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **numbers: int | None,
+    **rest: Any,
 ) -> None:
     """Compile the graphs of a profile into a bundle that `swifti2v generate --bundle` runs.
 
@@ -80,6 +88,7 @@ def cli(
         return
     if backend is None:
         raise click.UsageError(f"--backend: got none, want one of {', '.join(BUILDERS)}")
+    numbers = {name: rest[name] for name in ("frames", "noisy", "neighbours")}
     profile = get_profile(profile_name).override(**numbers, size=None if size is None else _size(size))
     device = torch.device("cpu")
     chosen = pick_precision(backend, precision, device)
@@ -91,12 +100,20 @@ def cli(
         return
     if output is not None:
         check_out(output)
+    for path in reuse:
+        read_bundle(path)  # refused before the work, and not passed over
     cache = cache_folder(os.environ)
-    source = open_source(profile, weights, chosen, device, cache)
+    single = make_paths(rest, rest["loras"])
+    source = open_source(profile, _folder(rest), chosen, device, cache, single)
     out = output or default_place(cache, source, make_target(source, backend, archs))
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    if chosen == "fp8":
+        make_target(source, backend, archs)  # refused before the work
+        console.print(f"fp8: scales from clips of {source.record.source} weights")
+        quantise_source(source, find_models(source.profile, _folder(rest), single), cache)
     with show_build(console, quiet) as on_progress:
-        bundle = build_bundle(source, backend, out, names, on_progress, archs, jobs)
+        known = (*reuse, *bundle_folders(cache))
+        bundle = build_bundle(source, backend, out, names, on_progress, archs, jobs, known)
     if as_json:
         seen = [record.parity for record in bundle.manifest.graphs.values() if record.parity is not None]
         worst = max(seen, default=None)
@@ -108,14 +125,17 @@ def cli(
 
 @cli.command()
 @click.argument("path", type=PATH, metavar="BUNDLE")
-@click.option("--weights", type=PATH, help="Folder with the weights it was built from; the shipped ones if none.")
+@weights_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def verify(path: Path, weights: Path | None, as_json: bool) -> None:
-    """Check every file of BUNDLE, and run every graph beside eager."""
+def verify(path: Path, as_json: bool, **rest: Any) -> None:
+    """Check every file of BUNDLE, and run every graph beside eager. Takes the weights and LoRAs it was built from."""
     bundle = read_bundle(path)
     manifest, device = bundle.manifest, device_of(bundle)
     check_machine(bundle, device)  # before weights are loaded to it
-    source = open_source(manifest.profile, weights, manifest.precision, device, cache_folder(os.environ))
+    single, cache = make_paths(rest, rest["loras"]), cache_folder(os.environ)
+    source = open_source(manifest.profile, _folder(rest), manifest.precision, device, cache, single)
+    if manifest.precision == "fp8":
+        quantise_as(source, bundle)
     errors: dict[str, float] = {}
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=as_json)
     for name, error in verify_graphs(bundle, source):
@@ -176,6 +196,13 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise click.UsageError(f"--size: got {text!r}, want WIDTHxHEIGHT such as 512x320")
     return int(width), int(height)
+
+
+def _folder(options: dict[str, Any]) -> Path | None:
+    """The model folder, by whichever name it was given."""
+    if options["weights"] is not None and options["model_dir"] is not None:
+        raise click.UsageError("--weights: got --model-dir too, want one of them, as they are the same; leave one out")
+    return options["weights"] or options["model_dir"]
 
 
 def _listed(text: str) -> list[str]:

@@ -5,10 +5,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..engine.errors import BundleError, SwiftError
-from ..engine.manifest import MANIFEST, PART, GraphRecord, Manifest, damage, read_bundle, write_manifest, write_text
+from ..engine.manifest import (
+    MANIFEST,
+    PART,
+    Bundle,
+    GraphRecord,
+    Manifest,
+    damage,
+    read_bundle,
+    write_manifest,
+    write_text,
+)
 from ..engine.plain import PlainError, from_plain, to_plain
 
 RECORDS = "finished"  # one record for every graph that is done
@@ -25,8 +35,9 @@ def check_out(out: Path) -> None:
 def part_folder(out: Path) -> Iterator[Path]:
     """The .part folder of a bundle, held by one process; what it holds of earlier builds is still there."""
     part = out.with_name(out.name + PART)
-    (part / RECORDS).mkdir(parents=True, exist_ok=True)
+    part.mkdir(parents=True, exist_ok=True)
     with _held(part):
+        (part / RECORDS).mkdir(exist_ok=True)
         yield part
 
 
@@ -44,24 +55,31 @@ def finished_graphs(folder: Path) -> dict[str, Finished]:
 
 
 def keep_graph(part: Path, finished: Finished) -> bool:
-    """Take a finished graph over into the folder; False if an artifact is missing or damaged."""
+    """Take a finished graph over into the folder; False if an artifact is missing or damaged.
+
+    The files are looked at once they are here, where no other process changes them.
+    """
     folder, record = finished
-    if any(damage(folder, artifact) for artifact in record.artifacts):
-        return False
     if folder != part:
-        target = part / record.spec.name
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder / record.spec.name, target, copy_function=_link_or_copy)
+        work = part / f"{record.spec.name}.work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            for artifact in record.artifacts:
+                _link_or_copy(folder / artifact.path, work / PurePosixPath(artifact.path).name)
+        except FileNotFoundError:  # missing, or another process has just replaced that bundle
+            shutil.rmtree(work)
+            return False
+        _take_in(part, work, record)
+    if any(damage(part, artifact) for artifact in record.artifacts):
+        return False
     write_record(part, record)
     return True
 
 
 def put_graph(part: Path, work: Path, record: GraphRecord) -> None:
     """Take artifacts in from the folder `work`. The record comes last: where it is, the graph is done."""
-    target = part / record.spec.name
-    (part / RECORDS / f"{record.spec.name}.json").unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    work.rename(target)
+    _take_in(part, work, record)
     write_record(part, record)
 
 
@@ -69,25 +87,37 @@ def write_record(part: Path, record: GraphRecord) -> None:
     write_text(part / RECORDS / f"{record.spec.name}.json", json.dumps(to_plain(record), indent=2))
 
 
-def finish(part: Path, out: Path, manifest: Manifest) -> None:
-    """Make the .part folder the bundle. An older bundle stays until then."""
+def finish(part: Path, out: Path, manifest: Manifest) -> Bundle:
+    """Make the .part folder the bundle, and return it as it was written. An older bundle stays until then."""
     for path in part.iterdir():
         if path.name not in (*manifest.graphs, RECORDS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_manifest(part, manifest)
+    written = read_bundle(part).manifest
     shutil.rmtree(part / RECORDS)
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    for left in out.parent.glob(f"{out.name}.old-*"):  # by a build that was killed just here
+        shutil.rmtree(left, ignore_errors=True)
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")  # the next build may be here before this one has cleaned up
     if out.is_dir():
         out.rename(old)
     part.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+    return Bundle(out, written)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _take_in(part: Path, work: Path, record: GraphRecord) -> None:
+    target = part / record.spec.name
+    (part / RECORDS / f"{record.spec.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
 
 
@@ -99,15 +129,23 @@ def _held(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no locks on folders
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise _busy(folder) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino
         except BlockingIOError:
             mine = False
-        if not mine:  # or another process finished and renamed it just now
-            raise BundleError(f"{folder}: got another build at work, want none; wait for it, or choose another -o")
+        if not mine:
+            raise _busy(folder)
         yield
     finally:
         os.close(handle)
+
+
+def _busy(folder: Path) -> BundleError:
+    """Another process builds here, or finished and renamed the folder just now."""
+    return BundleError(f"{folder}: got another build at work, want none; wait for it, or choose another -o")

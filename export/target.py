@@ -10,6 +10,7 @@ from ..engine.manifest import Precision
 from ..runtime.backend_registry import find_backend, versions_here
 from ..runtime.backend_weights import Source
 from .builders import find_builder
+from .tensorrt import check_precision
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def make_target(source: Source, backend: str, archs: Sequence[str] = ()) -> Targ
     EnvironmentMismatch where the backend's packages are missing, or it does not build for them.
     """
     builder, found = find_builder(backend), find_backend(backend)
+    if source.precision == "fp8" and not builder.fp8:
+        raise ProfileError(f"precision: got fp8 for {backend}, want one that it builds in; pass another --precision")
     built_with, versions = builder.built_with(), versions_here(backend)
     device = target_device(backend, source.device)
     if builder.archs is None:
@@ -41,6 +44,7 @@ def make_target(source: Source, backend: str, archs: Sequence[str] = ()) -> Targ
                 f"arch: got {','.join(archs)}, want {here}: {backend} builds for the machine it is on; "
                 "leave --arch out, or build there"
             )
+        check_precision(here, source.precision)
         return Target(backend, here, versions, built_with)
     if not archs and not torch.cuda.is_available():
         raise ProfileError(
@@ -66,9 +70,12 @@ def run_device(target: Target, device: torch.device) -> torch.device | None:
 def pick_precision(backend: str, asked: Precision | None, device: torch.device) -> Precision:
     """The precision asked for, if the backend has it there, else the one it is best in."""
     device = target_device(backend, device)
-    has = find_builder(backend).precisions or find_backend(backend).precisions(device)
+    builder = find_builder(backend)
+    has = builder.precisions or find_backend(backend).precisions(device)
     if not has:
         find_backend(backend).arch(device)  # says what is missing
+    elif builder.fp8:
+        has = (*has, "fp8")
     if not has or (asked is not None and asked not in has):
         raise ProfileError(
             f"precision: got {asked}, want one of {', '.join(has) or 'none'} for {backend} on {device.type}; "

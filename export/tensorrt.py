@@ -9,12 +9,16 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+
+import torch
 
 from ..engine import errors
-from ..engine.errors import BundleError, EnvironmentMismatch, ProfileError, SwiftError
-from ..engine.manifest import PRECISIONS, Precision
+from ..engine.dit import DiT
+from ..engine.errors import BundleError, EnvironmentMismatch, ProfileError, SpecError, SwiftError
+from ..engine.graphs import StepGraph
+from ..engine.manifest import Precision, write_text
 from ..engine.plain import to_plain
+from .fp8 import SCALES, input_scales
 from .job import Job
 from .memory import check_memory
 from .onnx_file import onnx_versions, write_onnx
@@ -32,8 +36,14 @@ class TensorRTBuilder:
     package: str
 
     def build(self, job: Job, folder: Path) -> Generator[subprocess.Popen[str], None, None]:
-        """Write model-NN.engine, and model-NN.json with its layers; gives every process while it is at work."""
+        """Write model-NN.engine, and model-NN.json with its layers; gives every process while it is at work.
+
+        Beside a step in fp8 lies scales.json: the scale of every quantised layer's input.
+        """
         folder = folder.resolve()  # the process starts elsewhere
+        scales = input_scales(job.weights)
+        if job.precision == "fp8" and isinstance(job.weights, DiT) and not scales:
+            raise SpecError(f"{job.graph.spec.name}: got a DiT in bf16, want one in fp8; call quantise_source first")
         onnx = write_onnx(job, folder)
         weights = sum(file.stat().st_size for file in folder.iterdir())
         pieces = piece_count(weights)
@@ -42,14 +52,16 @@ class TensorRTBuilder:
             yield from run_process(self._engine_job(job, folder / f"model-{index:02d}.engine", piece), folder)
         for file in (*folder.glob("*.onnx"), *folder.glob("*.onnx.data")):
             file.unlink()
+        if scales and isinstance(job.module(), StepGraph):
+            write_text(folder / SCALES, json.dumps(scales, indent=1) + "\n")
 
     def _engine_job(self, job: Job, engine: Path, onnx: Path) -> EngineJob:
         timing = ""
         if self.package == "tensorrt" and job.keep is not None:  # the other one times nothing
             job.keep.mkdir(exist_ok=True)
             timing = str(job.keep.resolve() / f"{self.package}-{','.join(job.archs)}.timing")
-        dtype = job.graph.spec.outputs[0].dtype  # tables are computed in fp32, whatever the rest is
-        precision = cast(Precision, next(name for name, known in PRECISIONS.items() if known == dtype))
+        tables = job.graph.spec.outputs[0].dtype == torch.float32  # computed in fp32, whatever the rest is
+        precision: Precision = "fp32" if tables else job.precision
         layers = str(engine.with_suffix(".json"))
         return EngineJob(
             self.package, job.graph.spec.name, str(onnx), str(engine), layers, job.archs, precision, timing
@@ -100,13 +112,18 @@ def rtx_archs(archs: Sequence[str], precision: str) -> tuple[str, ...]:
             )
         if arch not in RTX_ARCHS:
             raise ProfileError(f"arch: got {arch!r}, want some of {', '.join(RTX_ARCHS)}; correct --arch")
-        first = FIRST_ARCH.get(precision, 0)
-        if int(arch[2:]) < first:
-            raise EnvironmentMismatch(
-                f"arch: got {arch} for {precision}, want sm{first} or later, the first that computes in it; "
-                "leave it out of --arch, or pass another --precision"
-            )
+        check_precision(arch, precision)
     return tuple(sorted(set(archs), key=lambda arch: int(arch[2:])))
+
+
+def check_precision(arch: str, precision: str) -> None:
+    """EnvironmentMismatch for a GPU that does not compute in the precision."""
+    first = FIRST_ARCH.get(precision, 0)
+    if arch.startswith("sm") and int(arch[2:]) < first:
+        raise EnvironmentMismatch(
+            f"arch: got {arch} for {precision}, want sm{first} or later, the first that computes in it; "
+            "leave it out of --arch, or pass another --precision"
+        )
 
 
 def _process_error(job: EngineJob, code: int, reply: str, log: str) -> SwiftError:

@@ -16,7 +16,7 @@ HEAD = re.compile(
 )
 TENSOR = re.compile(r"\{ Name: [^,]+, Dimensions: \[(?P<dims>[\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-NAMES = {"BFloat16": "bf16", "Half": "fp16", "Float": "fp32"}  # the log's dtypes by ours
+NAMES = {"BFloat16": "bf16", "Half": "fp16", "Float": "fp32", "FP8": "fp8"}  # the log's dtypes by ours
 # How kernels are called: fused attention, and products and convolutions alone or with what follows them.
 ATTENTION = re.compile(r"_mha_")
 MATMUL = re.compile(r"^(gemm|matrix_?multiply)|_Fc[A-Z_]", re.IGNORECASE)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ DTYPES = {"BF16": "bf16", "HALF": "fp16", "FLOAT": "fp32"}  # TensorRT's dtypes 
 class EngineJob:
     """What one process builds: `onnx` to `engine`, with the layers in `layers`; all paths.
 
-    `precision` is what products and attention must be computed in. `timing` is a file kept between builds.
+    `precision` is what products and attention must be computed in: with fp8, those products that are quantised, and
+    bf16 the others. `timing` is a file kept between builds.
     """
 
     package: str
@@ -51,7 +52,8 @@ def build_engine(job: EngineJob) -> None:
         said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise _refused(job, said)
     wanted = list(_prepare(trt, network))
-    wide = sorted({f"{want.node} in {want.dtype}" for want in wanted if want.dtype != job.precision})
+    narrow = ("fp8", "bf16") if job.precision == "fp8" else (job.precision,)
+    wide = sorted({f"{want.node} in {want.dtype}" for want in wanted if want.dtype not in narrow})
     if wide:
         raise BundleError(f"{job.name}: got {', '.join(wide[:3])} in the network, want {job.precision}; report it")
     config = _configure(trt, builder, job)
@@ -74,6 +76,7 @@ def build_engine(job: EngineJob) -> None:
 def _prepare(trt: Any, network: Any) -> Iterator[Wanted]:
     """What the engine must have as one kernel. Sets attention so that TensorRT can build it."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(at).name: layer for layer in layers for at in range(layer.num_outputs)}
     for layer in layers:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # layers come as their base class
@@ -88,18 +91,26 @@ def _prepare(trt: Any, network: Any) -> Iterator[Wanted]:
         else:
             kind = None
         if kind is not None:
+            narrow = kind == "matmul" and all(_was_fp8(trt, makers, layer.get_input(at)) for at in range(2))
             for node in NODE.findall(layer.metadata):
-                yield Wanted(node, kind, DTYPES[layer.get_input(0).dtype.name])
-    _unshare_queries(trt, network, layers)
+                yield Wanted(node, kind, "fp8" if narrow else DTYPES[layer.get_input(0).dtype.name])
+    _unshare_queries(trt, network, layers, makers)
 
 
-def _unshare_queries(trt: Any, network: Any, layers: Sequence[Any]) -> None:
+def _was_fp8(trt: Any, makers: Mapping[str, Any], tensor: Any) -> bool:
+    """Whether a tensor is the wide form of an FP8 one, perhaps transposed."""
+    maker = makers.get(tensor.name)
+    while maker is not None and maker.type == trt.LayerType.SHUFFLE:
+        maker = makers.get(maker.get_input(0).name)
+    return maker is not None and maker.type == trt.LayerType.DEQUANTIZE and maker.get_input(0).dtype.name == "FP8"
+
+
+def _unshare_queries(trt: Any, network: Any, layers: Sequence[Any], makers: Mapping[str, Any]) -> None:
     """Scale the keys alone where two attentions ask with one query, as those to the text and to image tokens do.
 
     The parser multiplies queries and keys by the root of the scale each. TensorRT-RTX 1.7 crashes on two attentions
     whose queries are the same product.
     """
-    makers = {layer.get_output(at).name: layer for layer in layers for at in range(layer.num_outputs)}
     asked: set[str] = set()
     for layer in layers:
         if layer.type != trt.LayerType.ATTENTION_INPUT:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..engine.manifest import MANIFEST, PART, WeightsRecord
+from ..engine.manifest import MANIFEST, WeightsRecord
 from ..engine.plain import to_plain
 from ..engine.spec import GraphSpec
 
@@ -26,10 +26,21 @@ def bundle_place(
     return cache / "bundles" / f"{name}-{backend}-{precision}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
-def bundle_folders(cache: Path, name: str) -> list[Path]:
-    """The bundles of that profile in the cache, the last built first."""
-    found = [path for path in (cache / "bundles").glob(f"{name}-*/{MANIFEST}") if path.parent.suffix != PART]
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+def bundle_folders(cache: Path, name: str = "*") -> list[Path]:
+    """The bundles of that profile in the cache, or of all, the last built first.
+
+    A folder with a suffix is one that is being built or replaced.
+    """
+    found = [path for path in (cache / "bundles").glob(f"{name}-*/{MANIFEST}") if not path.parent.suffix]
+    return [path.parent for path in sorted(found, key=_time, reverse=True)]
+
+
+def _time(path: Path) -> float:
+    """When a file was written; one that another process has just replaced is old."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def keep_folder(bundle: Path) -> Path:

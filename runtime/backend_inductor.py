@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class InductorExecutable:
         self.spec = spec
         self._formats = {tensor.name: memory_format(spec, tensor) for tensor in spec.inputs}
         try:
-            self._package: Any = torch._inductor.aoti_load_package(str(file))
+            stat = file.stat()
+            self._package: Any = _loaded(str(file), (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except Exception as error:  # whatever the damaged file led to
             raise BundleError(
                 f"{file}: got a package that does not load ({' '.join(str(error).split())[:200]}), want one; "
@@ -66,7 +68,18 @@ class InductorExecutable:
         return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
 
     def close(self) -> None:
+        """Give the package back; the process keeps it mapped."""
         self._package = None
+
+
+@cache
+def _loaded(file: str, identity: tuple[int, ...]) -> Any:  # noqa: ARG001
+    """The package in a file, loaded once in a process as long as the file is the same.
+
+    The system never unloads its library: a thread-local string in what torch generates holds it until the thread ends.
+    Each load would leave the code and the weights mapped once more, and the space of a deleted copy taken on the disk.
+    """
+    return torch._inductor.aoti_load_package(file)
 
 
 def open_graph(graph: Graph, module: nn.Module | None, files: tuple[Path, ...], device: torch.device) -> Executable:  # noqa: ARG001

@@ -36,13 +36,15 @@ def open_source(
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    single: ModelPaths | None = None,
 ) -> Source:
     """The modules in a model folder; without one the shipped weights, or untrained ones where none are shipped.
 
-    `cache` is a folder where fingerprints of checkpoints are kept.
+    `single` paths go before the folder's, and its LoRAs are merged. `cache` is a folder where fingerprints of
+    checkpoints are kept.
     """
     device, dtype = torch.device(device), PRECISIONS[precision]
-    paths = find_models(profile, folder)
+    paths = find_models(profile, folder, single)
     profile = fit_profile(profile, paths)
     made = load_modules(paths, device, dtype) if paths.trained else untrained_models(profile, dtype, device).modules
     return Source(profile, made, weights_record(profile, paths, cache), precision, device)

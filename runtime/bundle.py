@@ -47,6 +47,11 @@ def load_bundle(
     if not (paths.trained or untrained) and (needs_modules or not (paths.text or paths.embeddings)):
         what = "weights" if needs_modules else "prompt encoder"
         raise BundleError(f"{what} of {bundle.folder}: got none, want those it was built with; pass --model-dir")
+    if any(paths.loras.values()) and not paths.trained:
+        raise BundleError(
+            f"LoRAs for {bundle.folder}: got some, and no DiTs to merge them into, want both, as they tell whether the "
+            "bundle was built so; pass --model-dir, or leave --lora out"
+        )
     if paths.trained or untrained:
         check_weights(bundle, weights_record(profile, paths, cache))
     check_artifacts(bundle)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import click
 import torch
@@ -114,8 +116,10 @@ def _eager_note(profile: Profile, paths: ModelPaths, device: torch.device, dtype
     narrow = dtype == "bf16" or (dtype == "auto" and best_dtype(device) == torch.bfloat16)
     backend = "inductor" if narrow and any(map(shutil.which, COMPILERS)) else "onnxruntime"
     has = find_backend(backend).precisions(device)
-    if any(paths.loras.values()) or not has or dtype not in ("auto", *has):
+    if not has or dtype not in ("auto", *has):
         return f"note: eager PyTorch, as there is no bundle of {profile.name} like this for {device.type}"
     precision = has[0] if dtype == "auto" else dtype
-    command = Recipe(profile, backend, precision, origin_of(paths)).command()
+    command = Recipe(profile, backend, precision, origin_of(replace(paths, loras={}))).command()
+    loras = [(name, file, strength) for name in paths.loras for file, strength in paths.loras[name]]
+    command += "".join(f" --lora {quote(f'{name}={file}@{strength:g}')}" for name, file, strength in loras)
     return f"note: eager PyTorch; {command} compiles this once, and later runs use it"
