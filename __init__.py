@@ -19,6 +19,7 @@ from .engine.segments import Segment, plan_segments
 from .engine.vae import VAE
 from .engine.weights import convert, load_dit, load_vae
 from .runtime.contact_sheet import ContactSheet
+from .runtime.fused import accelerate
 from .runtime.image import fit_image, load_image
 from .runtime.model_paths import ModelPaths, find_models
 from .runtime.models import Loaded, load_models
@@ -45,6 +46,7 @@ __all__ = [
     "SwiftError",
     "VAEConfig",
     "VideoWriter",
+    "accelerate",
     "convert",
     "find_models",
     "fit_image",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..engine.errors import EnvironmentMismatch
 from ..kernels.attention import attention
-from ..kernels.dispatch import Shape, candidates, installed, run_backend
+from ..kernels.dispatch import Shape, candidates, installed, refusal, run_backend
 from ..kernels.launch import capability
 from .clock import Work
 from .flops import count_flops
@@ -19,7 +20,10 @@ CPU = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
 
 def attention_items(models: Models, dtypes: list[torch.dtype], say: Callable[[str], None]) -> list[Item]:
-    """Self-attention of one layer, on the window of every step graph. `say` hears of kernels that refuse a shape."""
+    """Self-attention of one layer, on the window of every step graph.
+
+    Kernels that refuse a shape are not timed: `say` hears why, and so does the item's first note.
+    """
     profile = models.profile
     names = ["stage1_step"] if profile.stage1.boundary is None else ["stage1_high_step"]
     names += [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), profile.windows, strict=False)]
@@ -31,15 +35,22 @@ def attention_items(models: Models, dtypes: list[torch.dtype], say: Callable[[st
         meta = [torch.empty(shape, device="meta") for _ in range(3)]
         works: dict[str, Work] = {}
         dtype_of: dict[str, torch.dtype] = {}
+        refusals: list[str] = []
         for dtype in dtypes:
             q, k, v = (random(shape, dtype, models.device, seed) for seed in range(3))
             for kernel, call in _calls(q, k, v).items():
-                refused = _refusal(call)
+                refused = refusal(call)
                 if refused:
-                    say(f"{name}: {kernel} {SHORT[dtype]} refuses ({refused}), is not timed;")
+                    refusals.append(f"{kernel} {SHORT[dtype]} refuses and is not timed ({refused})")
+                    say(f"{name}: {refusals[-1]};")
                 else:
                     works[f"{kernel} {SHORT[dtype]}"], dtype_of[f"{kernel} {SHORT[dtype]}"] = Work(call), dtype
-        items.append(Item(f"attention {name}", count_flops(attention, *meta), works, dtype_of))
+        if not works:
+            raise EnvironmentMismatch(
+                f"attention {name}: got {'; '.join(refusals)}, want one that runs; update PyTorch"
+            )
+        notes = {next(iter(works)): "; ".join(refusals)} if refusals else {}
+        items.append(Item(f"attention {name}", count_flops(attention, *meta), works, dtype_of, notes))
     return items
 
 
@@ -64,12 +75,3 @@ def _calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
 def _forced(kind: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(kind):
         return attention(q, k, v)
-
-
-def _refusal(call: Callable[[], Tensor]) -> str:
-    """Why a kernel does not run on a shape, in one line; empty if it does."""
-    try:
-        call()
-    except Exception as error:  # a kernel may refuse in any way it likes
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-    return ""

@@ -10,10 +10,12 @@ import torch
 from ..engine.errors import ProfileError
 from ..engine.manifest import EAGER_PRECISIONS
 from ..engine.presets import PROFILES, get_profile
+from ..runtime.acceleration import KERNEL_CHOICES, KernelChoice, can_fuse
 from ..runtime.backend_registry import BACKENDS
 from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
 from ..runtime.devices import best_dtype
 from ..runtime.sidecar import write_json
+from .accelerated import fused_variant
 from .baseline import Change, compare, read_record
 from .clock import CLOCKS, ClockName, Timing
 from .items import Bench
@@ -42,6 +44,10 @@ def speed_command(case: str) -> click.Command:
         click.Option(["--bundle", "bundles"], type=PATH, multiple=True, help="A compiled bundle; repeatable."),
         click.Option(["--backend"], type=click.Choice(list(BACKENDS)), help="Refuse bundles of another backend."),
         click.Option(["--compile", "compiling"], is_flag=True, help="Also torch.compile."),
+        click.Option(
+            ["--kernels"], type=click.Choice(KERNEL_CHOICES), default="eager", show_default=True,
+            help="Also PyTorch with the kernels chosen here.",
+        ),
         click.Option(["--peers"], is_flag=True, help="Also diffusers' modules with the same weights, in fp32."),
         click.Option(["--peer-dtype"], type=click.Choice(list(EAGER_PRECISIONS)), help="Peers in this dtype too."),
         click.Option(["--runs"], type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each."),
@@ -117,6 +123,7 @@ def _open(
     dtypes: tuple[str, ...],
     bundles: tuple[Path, ...],
     backend: str | None,
+    kernels: KernelChoice,
     peers: bool,
     peer_dtype: str | None,
 ) -> Bench:
@@ -128,6 +135,8 @@ def _open(
     variants = [eager_variant(models, dtype) for dtype in numbers]
     if compiling and case != "ladder":
         variants.append(compiled_variant(models, numbers[-1] if numbers else best_dtype(device)))
+    if kernels == "fused" or (kernels == "auto" and can_fuse(device)):
+        variants.append(fused_variant(models, numbers[-1] if numbers else best_dtype(device), cache_folder()))
     variants += [bundle_variant(models, folder, backend, cache_folder()) for folder in bundles]
     wanted = [torch.float32] if peers else []
     wanted += [EAGER_PRECISIONS[peer_dtype]] if peer_dtype is not None else []

@@ -46,6 +46,7 @@ class Item:
     flops: int
     works: dict[str, Work]
     dtypes: dict[str, torch.dtype]
+    notes: dict[str, str] = field(default_factory=dict)  # by variant, for its row
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:

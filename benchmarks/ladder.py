@@ -18,8 +18,11 @@ from ..engine.graphs import Graph, profile_graphs
 from ..engine.rope import rope_tables
 from ..engine.sampler import TIMESTEPS
 from ..engine.spec import Executable
+from ..runtime.acceleration import can_fuse
 from ..runtime.backend_eager import EagerExecutable
+from ..runtime.cuda_graphs import capture_steps
 from ..runtime.sidecar import dtype_name
+from .accelerated import fused_modules
 from .backend_compile import CompiledExecutable
 from .clock import Timing, Work, time_in_turns
 from .flops import graph_flops
@@ -66,8 +69,13 @@ def dit_rungs(models: Models, name: str, narrow: torch.dtype, compiling: bool) -
         rungs.append(Rung("narrow", f"{dtype_name(narrow)} instead of fp32", narrow, plain(narrow)))
     rungs.append(Rung("cached", "tables and text keys made once", narrow, plain(narrow, cached=True)))
     rungs.append(Rung("pruned", "the last layer computes noisy blocks only", narrow, step(eager(models, narrow))))
+    if can_fuse(models.device):
+        measured = fused_modules(models, narrow)
+        rungs.append(Rung("fused", "kernels that were measured to be no slower", narrow, step(measured)))
+        rungs.append(Rung("replayed", "the step as one CUDA graph", narrow, step(captured(measured, models.device))))
     if compiling:
-        rungs.append(Rung("compile", "torch.compile", narrow, step(compiled(models, narrow))))
+        what = "torch.compile" + (" of the plain model, in place of the last two" if can_fuse(models.device) else "")
+        rungs.append(Rung("compile", what, narrow, step(compiled(models, narrow))))
     if compiling and models.device.type == "cuda":
         graphs = compiled(models, narrow, "reduce-overhead")
         rungs.append(Rung("cuda_graphs", "the compiled forward as one CUDA graph", narrow, step(graphs)))
@@ -164,6 +172,11 @@ def eager(models: Models, dtype: torch.dtype, channels_last: bool = False) -> Op
         return EagerExecutable(graph, kept[graph.weights])
 
     return open_graph
+
+
+def captured(open_graph: OpenGraph, device: torch.device) -> OpenGraph:
+    """The same, denoising steps captured."""
+    return lambda graph: capture_steps({graph.spec.name: open_graph(graph)}, device)[graph.spec.name]
 
 
 def compiled(models: Models, dtype: torch.dtype, mode: str | None = None) -> OpenGraph:

@@ -80,7 +80,9 @@ def measure_items(
         samples = time_in_turns(item.works, device, timing, memory=len(item.works) == 1, on_cold=compare)
         for name, sample in samples.items():
             bound = item.flops / peak_of(item.dtypes[name]).rate
-            rows.append(Row(item.name, name, sample, item.flops, bound, distances.get(name), ratios(samples, name)))
+            found = ratios(samples, name)
+            note = item.notes.get(name, "")
+            rows.append(Row(item.name, name, sample, item.flops, bound, distances.get(name), found, note))
         on_row(item.name)
     return rows
 

@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
         """The `swifti2v-export` command that builds this, to `folder` or to the user's cache."""
         words = [f"swifti2v-export --profile {self.profile.name}", *_overrides(self.profile)]
         if self.source == "given":
-            words.append("--weights DIR")  # and its LoRAs, which a manifest does not name
+            words.append("--weights DIR")
         words += [f"--backend {self.backend}", f"--precision {self.precision}"]
         if self.arch:
             words.append(f"--arch {self.arch}")

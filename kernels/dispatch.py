@@ -6,7 +6,9 @@ where they lie; for the others joining them is part of what is measured.
 """
 
 import statistics
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -185,19 +187,52 @@ def run_package(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (y[0] if isinstance(y, tuple) else y).contiguous()
 
 
+def device_name(device: torch.device) -> str:
+    """What measurements are kept under: the GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: between CUDA events, waited for; by the clock on a CPU."""
+    if device.type != "cuda":
+        start_time = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start_time)
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Make a call; why it failed in one line, with what PyTorch warned of meanwhile, or "" if it did not fail.
+
+    A forced attention says "No available kernel" in its error, and why there is none in its warnings.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception as error:  # a kernel may refuse a shape or a device in any way it likes
+            said = (f"{type(error).__name__}: {error}", *(str(warning.message) for warning in seen))
+            return "; ".join(dict.fromkeys(" ".join(text.split())[:150] for text in said))
+    return ""
+
+
 def measure(shape: Shape, device: torch.device, repeats: int = 20) -> Choice:
-    """Run and time every candidate on a CUDA device. Seconds at 2K; nothing else should run there."""
+    """Run and time every candidate on a device. Seconds at 2K; nothing else should run there."""
     packages = installed()
-    timings = []
+    timings: list[Timing] = []
     inputs = random_inputs(shape, device)
     want = sample_rows(inputs)
     for name in candidates(shape, capability(device), packages):
-        try:
-            timings.append(time_backend(name, inputs, want, repeats))
-        except Exception as error:  # a backend may refuse a shape in any way it likes; the table says why
-            lines = str(error).strip().splitlines()
-            timings.append(Timing(name, refused=f"{type(error).__name__}: {lines[0] if lines else ''}"))
-    return Choice(shape, torch.cuda.get_device_name(device), packages, tuple(timings))
+        refused = refusal(lambda name=name: timings.append(time_backend(name, inputs, want, repeats)))
+        if refused:
+            timings.append(Timing(name, refused=refused))
+    return Choice(shape, device_name(device), packages, tuple(timings))
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -232,18 +267,11 @@ def sample_rows(inputs: Inputs, rows: int = 256) -> Tensor:
 
 
 def time_backend(name: str, inputs: Inputs, want: Tensor, repeats: int) -> Timing:
-    """Check one backend on the last queries, then time it with CUDA events; three runs warm it up."""
+    """Check one backend on the last queries, then time it; three runs warm it up."""
     got = run_backend(name, *inputs)[:, -want.shape[1] :].double()
     error = float((got - want).norm() / want.norm())
     if not error <= LIMIT:
         return Timing(name, error=error, refused=f"relative error {error:.1e}, the limit is {LIMIT:.0e}")
-    samples = []
-    for index in range(3 + repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run_backend(name, *inputs)
-        end.record()
-        end.synchronize()
-        if index >= 3:
-            samples.append(start.elapsed_time(end))
-    return Timing(name, tuple(samples), error)
+    device = inputs[0].device
+    samples = [elapsed_ms(lambda: run_backend(name, *inputs), device) for _ in range(3 + repeats)]
+    return Timing(name, tuple(samples[3:]), error)

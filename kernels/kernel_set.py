@@ -1,10 +1,11 @@
 """The kernels a model is run with: one object instead of switches. Both sets take the same arguments.
 
-EAGER is plain PyTorch, which every exporter can read. `fused` is for a CUDA device with Triton, at inference.
+EAGER is plain PyTorch, which every exporter can read. `fused` is for a CUDA device with Triton, at inference; `chosen`
+has those of them that measuring found to be no slower there.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -83,3 +84,9 @@ def fused(table: ChoiceTable, gpu: str) -> KernelSet:
         subpixel_conv,
         to_bytes,
     )
+
+
+def chosen(table: ChoiceTable, gpu: str, names: Iterable[str]) -> KernelSet:
+    """EAGER with the ops of these names fused, and attention as the table has it for this GPU."""
+    every = fused(table, gpu)
+    return replace(EAGER, attend=every.attend, **{name: getattr(every, name) for name in names})

@@ -64,7 +64,7 @@ class InductorExecutable:
             raise RuntimeError(f"{self.spec.name}: called after close()")
         inputs = [feed[tensor.name].contiguous(memory_format=self._formats[tensor.name]) for tensor in self.spec.inputs]
         with torch.inference_mode():
-            outputs = self._package(*inputs)
+            outputs = self._package.run(inputs)
         return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
 
     def close(self) -> None:
@@ -78,8 +78,10 @@ def _loaded(file: str, identity: tuple[int, ...]) -> Any:  # noqa: ARG001
 
     The system never unloads its library: a thread-local string in what torch generates holds it until the thread ends.
     Each load would leave the code and the weights mapped once more, and the space of a deleted copy taken on the disk.
+    The loader itself, as the function around it compiles small programs to see what the CPU can do, for a second and a
+    half; here the bundle's architecture is compared before.
     """
-    return torch._inductor.aoti_load_package(file)
+    return torch._C._aoti.AOTIModelPackageLoader(file, "model", False, 1, -1)  # type: ignore[attr-defined]
 
 
 def open_graph(graph: Graph, module: nn.Module | None, files: tuple[Path, ...], device: torch.device) -> Executable:  # noqa: ARG001

@@ -1,6 +1,7 @@
 """The two JSON texts of callers in other languages, read strictly: what a session opens, and what is asked of it."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,19 @@ from PIL import Image
 
 from ..engine.manifest import read_bundle
 from ..engine.plain import PlainError, from_plain, to_plain
+from .acceleration import KernelChoice, check_acceleration
 from .backend_fit import device_of
 from .bundle import load_bundle
 from .capi_status import API_VERSION, CallError, Status
 from .cli_bundle import bundle_paths
 from .cli_options import make_profile, pick_device
+from .fused import accelerate
 from .image import MAX_PIXELS, MIN_SIDE, fit_image, load_image
 from .model_paths import ModelPaths
 from .models import Loaded, load_models
 from .session import Request
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_BYTES = 1 << 20
 MOST = {"frames": 100_001, "noisy": 10_000, "neighbours": 10_000, "stage1_steps": 1000, "stage2_steps": 1000}
@@ -64,7 +68,9 @@ class Config:
     loras: dict[str, tuple[LoraFile, ...]] = field(default_factory=dict)  # by stage1, stage1_low, stage2
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    cache: str | None = None  # folder where prompt embeddings and fingerprints are kept
+    kernels: KernelChoice = "auto"
+    cuda_graphs: bool = False
+    cache: str | None = None  # folder where prompt embeddings, fingerprints and measured kernels are kept
     queue: int = 2  # finished segments that wait for the caller before generation does
 
 
@@ -123,12 +129,15 @@ def open_models(config: Config) -> Loaded:
     device, dtype = pick_device(
         device_of(opened).type if opened and config.device == "auto" else config.device, config.dtype
     )
+    check_acceleration(config.kernels, config.cuda_graphs, device)
     cache = None if config.cache is None else Path(config.cache)
     if bundle is None or opened is None:
-        return load_models(profile, paths, device, dtype, cache)
-    if config.dtype not in ("auto", opened.manifest.precision):
+        loaded = load_models(profile, paths, device, dtype, cache)
+    elif config.dtype not in ("auto", opened.manifest.precision):
         raise _refusal(f"config.dtype: got {config.dtype}, want {opened.manifest.precision}, as the bundle was built")
-    return load_bundle(bundle, profile, paths, device, cache)
+    else:
+        loaded = load_bundle(bundle, profile, paths, device, cache)
+    return accelerate(loaded, config.kernels, config.cuda_graphs, cache, LOG.info)
 
 
 def read_request(text: str | bytes, pixels: Pixels | None, width: int, height: int) -> Request:

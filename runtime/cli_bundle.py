@@ -16,12 +16,16 @@ from ..engine.manifest import Recipe, read_bundle
 from ..engine.plain import to_plain
 from ..engine.profile import Profile
 from ..engine.spec import TensorSpec
+from .backend_cache import keep_folder
 from .backend_fit import device_of
 from .backend_registry import find_backend
 from .backend_weights import origin_of
 from .bundle import find_bundle, load_bundle
+from .cli_kernels import show_kernels
 from .cli_options import DTYPES, cache_folder
 from .devices import best_dtype
+from .fused import TABLE as KERNELS
+from .inspection import describe_kernels
 from .model_paths import NEEDED, SHIPPED, ModelPaths, find_models, fit_profile
 from .models import Loaded, load_models
 
@@ -84,9 +88,10 @@ def backend_words(loaded: Loaded) -> str:
 
 def show_bundle(path: Path, as_json: bool) -> None:
     """Print a bundle's manifest on stdout, as a table or as JSON. The artifacts are not looked at."""
-    manifest = read_bundle(path).manifest
+    manifest, kernels = read_bundle(path).manifest, keep_folder(path) / KERNELS
     if as_json:
         result = {"kind": "bundle", "digest": manifest.digest, **to_plain(manifest)}
+        result["kernels"] = describe_kernels(kernels)
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": {path.name: result}}))
         return
     click.echo(f"{path}: {manifest.profile.name}, {manifest.backend}, {manifest.precision}, built for {manifest.arch}")
@@ -103,6 +108,7 @@ def show_bundle(path: Path, as_json: bool) -> None:
     wide = console.options.update(width=1000)
     console.width = max(console.width, console.measure(table, options=wide).maximum)  # no pipe is too narrow for it
     console.print(table)
+    show_kernels(kernels)
 
 
 def _shape(tensor: TensorSpec) -> str:

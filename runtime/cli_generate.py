@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,8 +114,10 @@ def _write_clip(
     session: Session, request: Request, target: Target, sheet: ContactSheet | None, on_progress: OnProgress | None
 ) -> None:
     said = {"seed": str(request.seed), "profile": session.profile.name}
-    with target.open(session.profile, said) as write:
-        for chunk in session.generate(request, on_progress):
+    # On a GPU the next segment is made while one is encoded; on a CPU both would want the same cores.
+    coming = session.generate(request, on_progress, ahead=session.device.type == "cuda")
+    with target.open(session.profile, said) as write, closing(coming) as chunks:
+        for chunk in chunks:
             write(chunk)
             if sheet is not None:
                 sheet.add(chunk.frames, chunk.index)

@@ -17,9 +17,11 @@ from ..engine.manifest import MANIFEST
 from ..engine.presets import PROFILES
 from ..engine.weights import convert as convert_pickle
 from .cli_bundle import show_bundle
+from .cli_kernels import show_kernels
 from .cli_options import PATH, cache_folder
 from .cuda_probe import probe_driver
 from .devices import computes_bf16
+from .fused import TABLE
 from .inspection import describe_checkpoint
 from .model_paths import SHIPPED
 from .sidecar import versions
@@ -33,6 +35,9 @@ def inspect(path: Path, as_json: bool) -> None:
     """Say what a checkpoint or a bundle is: kind, layout, sizes, dtypes. Reads headers and manifests only."""
     if (path / MANIFEST).is_file():
         show_bundle(path, as_json)
+        return
+    if path.name == TABLE:
+        show_kernels(path, as_json)
         return
     items = [item for item in sorted(path.iterdir()) if _is_checkpoint(item)] if path.is_dir() else []
     # A folder of one model may hold shards; a folder of several models holds each as a file or a folder.

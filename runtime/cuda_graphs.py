@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.errors import EnvironmentMismatch
 from ..engine.spec import Executable, Feed, GraphSpec, check_feed
+from .acceleration import check_acceleration
 from .cuda_probe import cuda_runtime
 
 PLAIN_CALLS = 2  # run as usual first: they warm up what may not happen during capture, and are no work lost
@@ -41,7 +41,8 @@ class CapturedExecutable:
             return self._inner(feed)
         check_feed(self.spec, feed)
         if self._graph is None:
-            self._capture(self._inner, feed)
+            with torch.cuda.device(next(iter(feed.values())).device):  # capture is on the current one
+                self._capture(self._inner, feed)
         else:
             for name, fixed in self._inputs.items():
                 fixed.copy_(feed[name])
@@ -64,25 +65,27 @@ class CapturedExecutable:
     def _capture(self, inner: Executable, feed: Feed) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in feed.items()}
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: another thread may wait for frames, or free memory, meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._outputs = inner(self._inputs)
         self._graph = graph
 
 
 def capture_steps(graphs: Mapping[str, Executable], device: torch.device) -> dict[str, Executable]:
-    """The same executables, those without donated inputs captured.
+    """The same executables, with the denoising steps captured.
 
-    A VAE's caches stay where they are and are written in place: fixed places for them would be a second copy of 12.9 GB
-    at 2K, and would be overwritten under a caller who holds two streams.
+    The other graphs are not: a clip calls most of them once, and a VAE's caches stay where they are and are written in
+    place. Fixed places for them would be a second copy of 12.9 GB at 2K, overwritten under a caller with two streams.
     """
-    if device.type != "cuda":
-        raise EnvironmentMismatch(f"CUDA graphs: got device {device}, want cuda; run without them")
+    check_acceleration("eager", True, device)
     with torch.cuda.device(device):
         pool = torch.cuda.graph_pool_handle()
-    return {
-        name: graph if any(tensor.donated for tensor in graph.spec.inputs) else CapturedExecutable(graph, pool)
-        for name, graph in graphs.items()
-    }
+    return {name: CapturedExecutable(graph, pool) if is_step(graph.spec) else graph for name, graph in graphs.items()}
+
+
+def is_step(spec: GraphSpec) -> bool:
+    """Whether a graph is a denoising step: the only ones that a clip calls again and again without caches."""
+    return spec.outputs[0].name == "velocity"
 
 
 def node_types(graph: torch.cuda.CUDAGraph) -> Counter[str]:

@@ -1,44 +1,100 @@
-"""Running a profile's DiTs with the fused kernels, and attention with what was measured to be fastest on this GPU."""
+"""Which kernels a profile's models run with: each is measured once on the GPU at hand, and used if it is no slower."""
 
+import copy
 import json
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..engine.errors import EnvironmentMismatch
-from ..engine.profile import Profile, StageConfig
-from ..kernels.dispatch import DTYPES, ChoiceTable, Shape, measure
-from ..kernels.kernel_set import KernelSet, fused
+from ..engine.errors import EnvironmentMismatch, MediaError
+from ..engine.graphs import profile_graphs
+from ..engine.profile import Profile
+from ..kernels.dispatch import Shape, device_name, installed, measure
+from ..kernels.kernel_set import KernelSet, chosen, fused, shape_of
+from ..kernels.kernel_table import KernelTable, choose
+from ..kernels.measure_ops import Call, measure_op, recorder
+from .acceleration import Acceleration, KernelChoice, can_fuse, check_acceleration
+from .backend_cache import keep_folder
+from .cuda_graphs import is_step
+from .models import Loaded
 from .sidecar import write_json
 
-TABLE = "attention.json"
+TABLE = "kernels.json"
+Say = Callable[[str], object]
 
 
-def use_fused(
-    profile: Profile, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype, folder: Path
-) -> ChoiceTable:
-    """Give the DiTs among `modules` the fused kernels. Returns how attention is run, for each shape.
+def accelerate(
+    loaded: Loaded,
+    kernels: KernelChoice = "auto",
+    cuda_graphs: bool = False,
+    cache: Path | None = None,
+    say: Say = lambda _: None,
+) -> Loaded:
+    """The same models, to be run with the kernels that are fastest here, and with captured steps if asked for.
 
-    Attention is measured once for a shape and GPU, seconds each at 2K, and kept in `folder`/attention.json.
-    EnvironmentMismatch without a CUDA device or Triton.
+    auto: on a CUDA device with Triton, every kernel is measured once for a GPU, and the fused one used where it is no
+    slower; elsewhere eager. fused: as auto, and refused elsewhere. The figures are kept in kernels.json beside the
+    bundle, else in the folder `cache`, else nowhere. `say` hears of what is about to be measured.
+    EnvironmentMismatch for what cannot be had on the models' device.
     """
-    if device.type != "cuda" or find_spec("triton") is None:
+    check_acceleration(kernels, cuda_graphs, loaded.device)
+    if kernels == "fused" and loaded.bundle is not None and not loaded.modules:
         raise EnvironmentMismatch(
-            f"fused kernels: got {device} and {'a' if find_spec('triton') else 'no'} triton, want a CUDA device and "
-            "triton; run without them, or pip install 'swifti2v[triton]'"
+            f"fused kernels: got a bundle of {loaded.backend}, which has its own, want PyTorch's modules; "
+            "leave out the bundle, or run with kernels auto"
         )
-    gpu, path = torch.cuda.get_device_name(device), folder / TABLE
-    table = read_table(path)
-    missing = [shape for shape in attention_shapes(profile, dtype) if table.find(shape, gpu) is None]
-    for shape in missing:
-        table = table.add(measure(shape, device))
-    if missing:
-        write_json(path, {"choices": table.to_plain()})
-    give_kernels(modules, fused(table, gpu))
-    return table
+    chosen = Acceleration()
+    if kernels != "eager" and can_fuse(loaded.device):
+        folder = cache if loaded.bundle is None else keep_folder(loaded.bundle.folder)
+        chosen = measure_kernels(loaded.profile, loaded.modules, loaded.dtype, loaded.device, folder, say)
+    give_kernels(loaded.modules, chosen.kernels)
+    return replace(loaded, acceleration=replace(chosen, cuda_graphs=cuda_graphs))
+
+
+def measure_kernels(
+    profile: Profile,
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path | None,
+    say: Say = lambda _: None,
+) -> Acceleration:
+    """The kernels for these modules, and for their frames' bytes. `say` hears of what is about to be measured.
+
+    What `folder`/kernels.json does not have of this GPU is measured, seconds for an attention at 2K, and kept there.
+    """
+    gpu, versions = device_name(device), installed()
+    calls = (*step_calls(profile, modules, dtype), *frame_calls(profile, dtype))
+    shapes = tuple(dict.fromkeys(_shape(call) for call in calls if call.op == "attend"))
+    ops = [call for call in calls if call.op != "attend"]
+    table = (KernelTable() if folder is None else read_table(folder / TABLE)).without_stale(gpu, versions)
+    new_shapes = [shape for shape in shapes if table.attention.find(shape, gpu) is None]
+    new_calls = [call for call in ops if table.find(call.op, call.text, gpu) is None]
+    if new_shapes or new_calls:
+        say(f"measuring {len(new_shapes)} attentions and {len(new_calls)} other kernels on {gpu}, once")
+        for shape in new_shapes:
+            table = replace(table, attention=table.attention.add(measure(shape, device)))
+        every = fused(table.attention, gpu)
+        table = table.add(*(measure_op(call, every, device) for call in new_calls))
+        _keep(table, folder, say)
+    found = [table.find(call.op, call.text, gpu) for call in ops]
+    names = choose(timing for timing in found if timing is not None)
+    backends = tuple((shape, table.attention.backend(shape, gpu)) for shape in shapes)
+    return Acceleration(chosen(table.attention, gpu, names), names, backends)
+
+
+def _keep(table: KernelTable, folder: Path | None, say: Say) -> None:
+    """Write the table where there is a folder for it; on a read-only disk the next start measures again."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / TABLE, table.to_plain())
+    except (OSError, MediaError) as error:
+        say(f"what was measured is not kept: {error}")
 
 
 def give_kernels(modules: Mapping[str, nn.Module], kernels: KernelSet) -> None:
@@ -49,29 +105,44 @@ def give_kernels(modules: Mapping[str, nn.Module], kernels: KernelSet) -> None:
                 setattr(layer, "kernels", kernels)  # noqa: B010  (a type checker takes a module's attributes for modules)
 
 
-def read_table(path: Path) -> ChoiceTable:
-    """What was measured before; nothing where the file is missing or of another version: it is measured anew then."""
+def read_table(path: Path) -> KernelTable:
+    """What was measured before; nothing where the file is missing or damaged: it is measured anew then."""
     try:
-        return ChoiceTable.from_plain(json.loads(path.read_text())["choices"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return ChoiceTable()
+        return KernelTable.from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return KernelTable()
 
 
-def attention_shapes(profile: Profile, dtype: torch.dtype) -> tuple[Shape, ...]:
-    """Every attention of the profile's steps, each once: whole windows, the last layer's kept blocks, and the text."""
-    name = next(name for name, other in DTYPES.items() if other == dtype)
-    shapes = _window_shapes(profile.stage1, profile.blocks, profile.blocks, name)
-    for window in profile.windows:
-        shapes += _window_shapes(profile.stage2, window, profile.noisy, name)
-    return tuple(dict.fromkeys(shapes))
+def step_calls(profile: Profile, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> tuple[Call, ...]:
+    """Every kernel call of the modules' denoising steps that is unlike the others, written down on the meta device."""
+    calls: dict[tuple[str, str], Call] = {}
+    for graph in profile_graphs(profile, dtype).values():
+        if not is_step(graph.spec) or graph.weights not in modules:
+            continue
+        bare = twin(modules[graph.weights], lambda tensor: tensor.to("meta"))
+        give_kernels({graph.weights: bare}, recorder(calls))
+        feed = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in graph.spec.inputs]
+        with torch.inference_mode():
+            graph.build(bare, False)(*feed)
+    return tuple(calls.values())
 
 
-def _window_shapes(stage: StageConfig, blocks: int, keep: int, dtype: str) -> list[Shape]:
-    dit = stage.dit
-    tokens = blocks * stage.block_tokens
-    context = [dit.text_len, dit.image_tokens] if dit.image_dim else [dit.text_len]
-    return [
-        Shape(1, dit.heads, queries, keys, 0, dit.head_dim, dtype)
-        for queries in (tokens, keep * stage.block_tokens)
-        for keys in (tokens, *context)
-    ]
+def frame_calls(profile: Profile, dtype: torch.dtype) -> tuple[Call, ...]:
+    """The calls that make bytes of a segment's pixels."""
+    later = profile.noisy * profile.block_frames
+    shapes = [(1, 3, frames, profile.height, profile.width) for frames in (1 + later, later)]
+    return tuple(Call("to_bytes", (torch.empty(shape, dtype=dtype, device="meta"), 1)) for shape in shapes)
+
+
+def twin(module: nn.Module, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+    """A module of the same structure whose tensors are `place` of this one's: by default the same, not copies."""
+    made: dict[int, object] = {id(buffer): place(buffer) for buffer in module.buffers()}
+    for parameter in module.parameters():
+        made[id(parameter)] = nn.Parameter(place(parameter.detach()), requires_grad=False)
+    return copy.deepcopy(module, made)
+
+
+def _shape(call: Call) -> Shape:
+    """The shape of a call of attend: q, k, v and, where there is one, the context's k and v."""
+    q, k, _, *context = call.arguments
+    return shape_of(q, k, context[0] if context else None)

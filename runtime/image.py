@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..engine.errors import MediaError, NumericsError
+from ..kernels.pixels import to_bytes_eager
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit against decompression bombs
 MIN_SIDE = 16
@@ -99,17 +100,10 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
     """
     if pixels.ndim != 5 or pixels.shape[:2] != (1, 3):
         raise MediaError(f"pixels: got {tuple(pixels.shape)}, want (1, 3, T, H, W); pass the decoder's output")
-    # The extremes are not finite if any value is not, and need no mask of the pixels' size.
-    if not torch.isfinite(torch.stack(torch.aminmax(pixels))).all():
+    frames, broken = to_bytes_eager(pixels, 1)  # [1, T, H, W, 3]
+    if broken.item():
         raise NumericsError("pixels: got values that are not finite, want [-1, 1]; try precision fp32 or bf16")
-    levels = pixels[0].float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)  # [3, T, H, W]
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()  # [T, H, W, 3]
-
-
-def to_deep_frames(pixels: torch.Tensor) -> np.ndarray:
-    """The same frames as `to_frames` without rounding: float32 [T, H, W, 3] in [0, 1]."""
-    levels = pixels[0].float().add(1).mul_(0.5).clamp_(0, 1)  # [3, T, H, W]
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()  # [T, H, W, 3]
+    return frames[0].cpu().numpy()
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:

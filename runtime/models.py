@@ -1,7 +1,7 @@
 """From paths to modules and encoders."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..engine.profile import Profile
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
+from .acceleration import Acceleration
 from .conditioning import CachedEncoder, EmbeddingCache, PromptEncoder, load_embeddings
 from .devices import best_dtype
 from .encoders import ClipVisionEncoder, Umt5Encoder, umt5_fingerprint
@@ -35,10 +36,13 @@ class Loaded:
     image_encoder: ImageEncoder | None = None
     trained: bool = True
     bundle: Bundle | None = None  # what runs in place of the modules
+    acceleration: Acceleration = field(default_factory=Acceleration)  # as fused.accelerate sets it
 
     @property
     def backend(self) -> str:
-        return "eager" if self.bundle is None else self.bundle.manifest.backend
+        """What runs the graphs, with all that decides the bits of the frames; for records."""
+        name = "eager" if self.bundle is None else self.bundle.manifest.backend
+        return ", ".join(filter(None, (name, self.acceleration.words)))
 
 
 def load_models(

@@ -3,7 +3,9 @@
 One session serves one request at a time; sessions share nothing, so a worker opens its own.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine.calls import Executables, dit_conditions
-from ..engine.errors import Cancelled, NumericsError, SpecError
+from ..engine.errors import Cancelled, SpecError
 from ..engine.profile import Profile
 from ..engine.sampler import block_noise, stage_sigmas
 from ..engine.segments import plan_segments
@@ -25,7 +27,9 @@ from ..engine.state import Conditions, SegmentState
 from .backend_eager import open_eager
 from .bundle import load_bundle, open_graphs
 from .conditioning import PromptEncoder
-from .image import to_deep_frames, to_frames, to_tensor
+from .cuda_graphs import capture_steps
+from .frame_copy import Copying, FrameCopier
+from .image import to_tensor
 from .models import Loaded
 from .timing import Timings
 
@@ -92,6 +96,7 @@ class Session:
         encoder: PromptEncoder,
         device: torch.device | str = "cpu",
         image_encoder: Callable[[np.ndarray], Tensor] | None = None,
+        copier: FrameCopier | None = None,
     ) -> None:
         """`image_encoder` gives CLIP tokens [1, n, image_dim] of a frame, for a Stage I that reads them."""
         if profile.stage1.dit.image_dim and image_encoder is None:
@@ -104,16 +109,20 @@ class Session:
         self.timings = Timings(self.device)
         self._encoder = encoder
         self._image_encoder = image_encoder
+        self._copier = copier or FrameCopier(self.device)
 
     @classmethod
     def open(cls, source: Loaded | Path | str) -> "Session":
-        """A session on what `load_models` or `load_bundle` gives, or on the bundle in a folder."""
+        """A session on what `load_models`, `load_bundle` or `accelerate` gives, or on the bundle in a folder."""
         loaded = source if isinstance(source, Loaded) else load_bundle(source)
         if loaded.bundle is None:
             graphs = open_eager(loaded.profile, loaded.modules, loaded.dtype)
         else:
             graphs = open_graphs(loaded)
-        return cls(loaded.profile, graphs, loaded.prompts, loaded.device, loaded.image_encoder)
+        if loaded.acceleration.cuda_graphs:
+            graphs = capture_steps(graphs, loaded.device)
+        copier = FrameCopier(loaded.device, loaded.acceleration.kernels.to_bytes)
+        return cls(loaded.profile, graphs, loaded.prompts, loaded.device, loaded.image_encoder, copier)
 
     def __enter__(self) -> "Session":
         return self
@@ -128,14 +137,36 @@ class Session:
         for graph in self.graphs.values():
             graph.close()
 
-    def generate(self, request: Request, on_progress: OnProgress | None = None) -> Iterator[FrameChunk]:
+    def generate(
+        self, request: Request, on_progress: OnProgress | None = None, ahead: bool = False
+    ) -> Generator[FrameChunk, None, None]:
         """Chunks of frames in order, each as soon as its segment is decoded.
 
         `on_progress` is called after every step and stops the run by returning False (Cancelled is raised).
+        `ahead`: the next segment is made by a thread while the caller works with a chunk, and while the chunk's frames
+        leave the device; on_progress is called from there, and the iterator's `close()` ends it after its present step.
         Frame 0 is the request's image itself.
         """
         clip, state = self.prepare(request, on_progress)
-        yield from self.resume(request, clip, state, on_progress)
+        if not ahead:
+            yield from self.resume(request, clip, state, on_progress)
+            return
+        left = threading.Event()
+
+        def note(progress: Progress) -> bool:
+            wanted = on_progress is None or on_progress(progress) is not False
+            return wanted and not left.is_set()
+
+        segments = self._segments(request, clip, state, note)
+        with ThreadPoolExecutor(1, "swifti2v ahead") as thread:
+            try:
+                coming = thread.submit(next, segments, None)
+                while (made := coming.result()) is not None:
+                    coming, copying = thread.submit(next, segments, None), made[0]
+                    del made
+                    yield self._chunk(request, copying)
+            finally:
+                left.set()  # so that a caller who leaves early waits for one step and not for a segment
 
     def prepare(
         self, request: Request, on_progress: OnProgress | None = None, motion: Tensor | None = None
@@ -174,6 +205,17 @@ class Session:
         `on_state` sees the state after every segment, before the segment's chunk is handed out. The next segment takes
         it: save or clone it before the next chunk is asked for.
         """
+        for copying, after in self._segments(request, clip, state, on_progress):
+            chunk = self._chunk(request, copying)
+            if on_state is not None:
+                on_state(after)
+            del after  # nothing here holds the caches while the next segment is made
+            yield chunk
+
+    def _segments(
+        self, request: Request, clip: Clip, state: SegmentState, on_progress: OnProgress | None
+    ) -> Iterator[tuple[Copying, SegmentState]]:
+        """The frames of one segment after another on their way to the host, and the state after it."""
         profile = self.profile
         segments = plan_segments(profile.blocks, profile.noisy, profile.neighbours)
         for segment in segments[state.segment :]:
@@ -191,26 +233,20 @@ class Session:
                 report.step, phase,
             )  # fmt: skip
             with self.timings.phase("frames"):
-                frames, deep = self._frames(pixels, state, request)
-            if on_state is not None:
-                on_state(state)
-            index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
-            yield FrameChunk(frames, index, segment.index, deep)
+                copying = self._copier.start(pixels, state.latents, segment.index, request.deep)
+            yield copying, state
 
-    def _frames(self, pixels: Tensor, state: SegmentState, request: Request) -> tuple[np.ndarray, np.ndarray | None]:
-        """The frames of a segment's pixels, uint8 and deep; the clip's first frame is the request's image."""
-        if not torch.isfinite(state.latents).all():  # asked here, as the answer waits for the device
-            raise NumericsError(
-                f"segment {state.segment - 1}: got latents that are not finite, want numbers; "
-                "check the weights, or run in a wider dtype such as float32"
-            )
-        frames = to_frames(pixels)
-        deep = to_deep_frames(pixels) if request.deep else None
-        if state.segment == 1:
+    def _chunk(self, request: Request, copying: Copying) -> FrameChunk:
+        """The frames of a segment, once they are on the host; the clip's first one is the request's image."""
+        frames, deep = copying.wait()
+        if copying.segment == 0:
             frames[0] = request.image
             if deep is not None:
                 deep[0] = np.float32(request.image) / 255
-        return frames, deep
+        profile = self.profile
+        segment = plan_segments(profile.blocks, profile.noisy, profile.neighbours)[copying.segment]
+        index = 0 if segment.index == 0 else (segment.noisy[0] - 1) * profile.block_frames + 1
+        return FrameChunk(frames, index, segment.index, deep)
 
     def _encode(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompt and, where a stage is guided, of the negative prompt, in the graphs' dtype."""

@@ -33,6 +33,12 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def to_frames(pixels: torch.Tensor) -> np.ndarray:
+    """What frames should be: pixels [1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], rounded and clipped, by NumPy."""
+    levels = np.rint((pixels[0].float().numpy() + np.float32(1)) * np.float32(127.5))  # [3, T, H, W]
+    return levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)
+
+
 def tiny_modules(profile: Profile) -> dict[str, nn.Module]:
     """Random modules for every weights name of a profile."""
     experts = [f"stage1_{name}" if name else "stage1" for name in profile.stage1.experts]

@@ -85,6 +85,20 @@ def test_frames_are_those_of_a_session(handle: int):
     assert capi.borrow_segment(handle, 0)[0] == Status.END, "again and again"
 
 
+@pytest.mark.parametrize(
+    ("config", "status", "words"),
+    [
+        ({"kernels": "fused"}, Status.ENVIRONMENT, "fused kernels: got device cpu, want cuda"),
+        ({"cuda_graphs": True}, Status.ENVIRONMENT, "CUDA graphs: got device cpu, want cuda"),
+        ({"kernels": "fast"}, Status.INVALID_JSON, "config.kernels: got 'fast', want one of 'auto', 'eager', 'fused'"),
+        ({"cuda_graphs": 1}, Status.INVALID_JSON, "config.cuda_graphs: got 1, want bool"),
+    ],
+)
+def test_what_a_gpu_is_needed_for_is_refused_on_a_cpu(config: dict, status: Status, words: str):
+    assert capi.create(json.dumps({"profile": "tiny", "device": "cpu", **config}))[0] == status
+    assert words in str(capi.last_error(0)[1])
+
+
 def test_progress_rises_to_one_and_generation_waits_for_the_caller():
     handle = opened(queue=1)
     seen = []

@@ -94,6 +94,29 @@ def test_lines_for_open_job_description(swifti2v: Run, shots: Path, tmp_path: Pa
     assert any(line.startswith("openjd_fail: bad: failed image") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--kernels", "fused"], "fused kernels: got device cpu"), (["--cuda-graphs"], "CUDA graphs: got device cpu")],
+)
+@pytest.mark.parametrize("command", ["generate", "render"])
+def test_what_a_gpu_is_needed_for_is_refused_on_a_cpu(
+    swifti2v: Run, shots: Path, tmp_path: Path, command: str, options: list[str], words: str
+):
+    what, output = (PHOTO, tmp_path / "o.mp4") if command == "generate" else (shots, tmp_path / "job")
+    for dry in ([], ["--dry-run"]):
+        code, out, err = swifti2v(command, what, "-o", output, *TINY, "--device", "cpu", *options, *dry)
+        assert (code, out, len(err.strip().splitlines())) == (3, "", 1)
+        assert err.startswith(f"swifti2v: {words}, want cuda; run with")
+    assert not output.exists()
+
+
+def test_a_plan_says_which_kernels(swifti2v: Run, tmp_path: Path):
+    plan = ["generate", PHOTO, "-o", tmp_path / "o.mp4", *TINY, "--device", "cpu", "--dry-run", "--json"]
+    for options in ([], ["--kernels", "eager", "--no-cuda-graphs"]):
+        made = json.loads(swifti2v(*plan, *options)[1])["plan"]
+        assert (made["kernels"], made["cuda_graphs"]) == ("eager", False)
+
+
 def test_a_dry_run_writes_nothing(swifti2v: Run, shots: Path, tmp_path: Path):
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = swifti2v("render", shots, "-o", tmp_path / "job", *TINY, "--select", "a", "--dry-run")

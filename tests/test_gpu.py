@@ -1,11 +1,17 @@
 """What needs a CUDA device: the same clip as on the CPU, and memory that does not grow. `make test-gpu` runs these."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import to_frames
 
 from swifti2v import Profile, Request, Session, get_profile, load_models
 from swifti2v.runtime.cuda_graphs import CapturedExecutable, capture_steps
+from swifti2v.runtime.frame_copy import FrameCopier
+from swifti2v.runtime.fused import TABLE, accelerate
+from swifti2v.runtime.inspection import describe_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +87,43 @@ def test_outputs_of_a_captured_graph_survive_the_next_call():
         plain = session.graphs["stage2_next"]
         for feed, output in zip(feeds, outputs, strict=True):
             assert torch.allclose(output, plain(feed)["velocity"], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chosen_kernels_and_captured_steps_give_nearly_the_same_frames(dtype: torch.dtype, tmp_path: Path):
+    profile, limit = get_profile("nano"), {torch.float32: 0.1, torch.bfloat16: 8.0}[dtype]
+    plain = frames(profile, "cuda", dtype)
+    said: list[str] = []
+    models = load_models(profile, device="cuda", dtype=dtype)
+    loaded = accelerate(models, "fused", cuda_graphs=True, cache=tmp_path, say=said.append)
+    assert len(said) == 1
+    assert "measured kernels" in loaded.backend
+    image = np.random.default_rng(0).integers(0, 256, (profile.height, profile.width, 3), np.uint8)
+    with Session.open(loaded) as session:
+        chunks = list(session.generate(Request(image, "slow zoom in"), ahead=True))
+        assert isinstance(session.graphs["stage2_next"], CapturedExecutable)
+    made = np.concatenate([chunk.frames for chunk in chunks])
+    assert np.abs(made.astype(int) - plain.astype(int)).mean() < limit
+    rows = describe_kernels(tmp_path / TABLE)
+    assert all(row["ms"] <= row["plain_ms"] for row in rows if row["runs"] != "eager")
+    assert not [row["refused"] for row in rows if "fused" in row["refused"]], "every op runs on this GPU"
+    again = accelerate(load_models(profile, device="cuda", dtype=dtype), "auto", cache=tmp_path, say=said.append)
+    assert again.acceleration.attention == loaded.acceleration.attention
+    assert len(said) == 1, "nothing is measured twice"
+
+
+def test_frames_leave_in_page_locked_memory_beside_other_work():
+    copier = FrameCopier(torch.device("cuda"))
+    pixels = torch.randn(1, 3, 12, 256, 384, device="cuda", dtype=torch.bfloat16)
+    want = to_frames(pixels.cpu())
+    copying = copier.start(pixels, pixels, 1, deep=True)
+    del pixels
+    busy = [torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda") for _ in range(8)]
+    assert copying.frames.is_pinned()
+    assert copying.deep is not None
+    assert copying.deep.is_pinned()
+    got, deep = copying.wait()
+    assert np.array_equal(got, want)
+    assert deep is not None
+    assert np.abs(deep * 255 - got).max() <= 0.51
+    assert len(busy) == 8

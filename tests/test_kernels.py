@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import to_frames
 from torch import Tensor
 
 from swifti2v.engine.dit import SelfAttention
@@ -27,7 +28,6 @@ from swifti2v.kernels.vae_norm import (
     rolled_weights,
 )
 from swifti2v.kernels.window_attention import attend, attend_eager, norm_rope, norm_rope_eager, norm_rope_into
-from swifti2v.runtime.image import to_frames
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
-"""Choosing an attention: candidates, tables, what a table is written as. Measuring needs a GPU."""
+"""Choosing an attention: candidates, tables, what a table is written as; measuring, which means little on a CPU."""
 
 import json
+import time
+import warnings
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from swifti2v.kernels.dispatch import (
     Shape,
     Timing,
     candidates,
+    elapsed_ms,
     installed,
+    measure,
     random_inputs,
+    refusal,
     run_backend,
     sample_rows,
 )
@@ -100,3 +105,24 @@ def test_unknown_backends_are_refused():
 def test_installed_packages_are_named_with_versions():
     assert installed()["torch"] == torch.__version__
     assert installed()["triton"][0].isdigit()
+
+
+def test_a_refusal_has_its_reason_and_what_was_warned_of():
+    def call() -> None:
+        warnings.warn("Flash attention kernel not used because:\n  of the dtype", stacklevel=1)
+        raise RuntimeError("No available kernel.")
+
+    assert refusal(call) == (
+        "RuntimeError: No available kernel.; Flash attention kernel not used because: of the dtype"
+    )
+    assert refusal(lambda: None) == ""
+
+
+def test_a_cpu_is_measured_by_the_clock():
+    assert elapsed_ms(lambda: time.sleep(0.02), torch.device("cpu")) >= 20
+    choice = measure(Shape(1, 2, 5, 9, 3, 16, "fp32"), torch.device("cpu"), repeats=2)
+    by_name = {timing.backend: timing for timing in choice.timings}
+    assert by_name.keys() == {"sdpa", "efficient"}
+    assert choice.gpu == "cpu"
+    assert len(by_name["sdpa"].samples) == 2
+    assert by_name["efficient"].samples or "RuntimeError" in by_name["efficient"].refused

@@ -1,0 +1,101 @@
+"""Which calls a model makes of its kernels, and how long the fused and the eager form of each take on a device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import LIMIT, device_name, elapsed_ms, installed, refusal
+from .kernel_set import EAGER, KernelSet
+from .kernel_table import OpTiming
+
+WARMUP = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op: tensors of the meta device, which have shape, strides and dtype only, and plain numbers."""
+
+    op: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def text(self) -> str:
+        """The arguments in words, such as `bf16 1x4x101x48, fp32 1x4x48, 1e-06`; calls with equal ones are alike."""
+        return ", ".join(_words(argument) for argument in self.arguments)
+
+    def inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """The same arguments with normal values, the same ones every time."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(argument: Any) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            made = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
+            return made.normal_(generator=generator)
+
+        return tuple(draw(argument) for argument in self.arguments)
+
+
+def recorder(calls: dict[tuple[str, str], Call]) -> KernelSet:
+    """The eager kernels, which write every call that is unlike the earlier ones into `calls`, by op and text."""
+
+    def recording(op: str) -> Callable[..., Any]:
+        eager = getattr(EAGER, op)
+
+        def run(*arguments: Any) -> Any:
+            call = Call(op, arguments)
+            calls.setdefault((op, call.text), call)
+            return eager(*arguments)
+
+        return run
+
+    return KernelSet(**{field.name: recording(field.name) for field in fields(KernelSet)})
+
+
+def measure_op(call: Call, kernels: KernelSet, device: torch.device, repeats: int = 20) -> OpTiming:
+    """Compare an op of `kernels` with its eager form, then time them in turns. Nothing else should run there."""
+    made: list[OpTiming] = []
+    refused = refusal(lambda: made.append(_compare(call, kernels, device, repeats)))
+    return made[0] if made else OpTiming(call.op, call.text, device_name(device), installed(), refused=refused)
+
+
+def _compare(call: Call, kernels: KernelSet, device: torch.device, repeats: int) -> OpTiming:
+    eager, fused = getattr(EAGER, call.op), getattr(kernels, call.op)
+    place = (call.op, call.text, device_name(device), installed())
+    error = _distance(_results(fused, call.inputs(device)), _results(eager, call.inputs(device)))
+    if not error <= LIMIT:
+        return OpTiming(*place, error=error, refused=f"relative error {error:.1e}, the limit is {LIMIT:.0e}")
+    inputs = call.inputs(device)
+    pairs = [
+        (elapsed_ms(lambda: eager(*inputs), device), elapsed_ms(lambda: fused(*inputs), device))
+        for _ in range(WARMUP + repeats)
+    ]
+    one, other = zip(*pairs[WARMUP:], strict=True)
+    return OpTiming(*place, one, other, error)
+
+
+def _results(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a call gives; of an op that writes in place, its arguments afterwards."""
+    made = function(*arguments)
+    made = arguments if made is None else made
+    return tuple(x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor))
+
+
+def _distance(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """The largest relative L2 distance of two results."""
+    distances = []
+    for one, other in zip(got, want, strict=True):
+        norm = other.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+        distances.append(float((one.float() - other.float()).norm() / norm))
+    return max(distances)
+
+
+def _words(argument: Any) -> str:
+    if not isinstance(argument, Tensor):
+        return str(argument)
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    dtype = short.get(argument.dtype, str(argument.dtype).removeprefix("torch."))
+    return f"{dtype} {'x'.join(map(str, argument.shape))}"
