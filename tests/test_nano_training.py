@@ -104,10 +104,10 @@ def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_
     assert not (tmp_path / "models").exists()
     main(arguments)
     assert (tmp_path / "models" / "vae1-short" / "config.json").exists()
-    late = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
+    late = ["nano", "vae2-short", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
     main(late)
-    assert (tmp_path / "models" / "vae2" / "config.json").exists()
-    assert not (tmp_path / "vae2" / "loss.png").exists()
+    assert (tmp_path / "models" / "vae2-short" / "config.json").exists()
+    assert not (tmp_path / "vae2-short" / "loss.png").exists()
 
 
 @pytest.mark.parametrize("change", ["stps=3", "steps=many", "bf16=yes", "steps"])

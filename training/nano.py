@@ -1,10 +1,10 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 (after vae1-short) and vae2, then stage1 (needs vae1), then stage2 (needs all).
+vae1 and vae2 (each after its own -short), then stage1 (needs vae1), then stage2 (needs all).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import Task, TrainConfig, ship, step_seed
 from .transition import StageOne
-from .vae import VaeLoss, VaeTask, finished, fit_linear, freeze_linear, new_vae, raw
+from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
 Photos = Sequence[np.ndarray]
 # Mostly one camera move at a time: a small model learns these before it learns everything at once.
@@ -72,6 +72,12 @@ PHASES: dict[str, Phase] = {
         Cuts(4, 64, 9),
         low=True,
     ),
+    "vae2-short": VaePhase(
+        TrainConfig(2000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(4, 128, 128), 64, 12.0),
+        Cuts(4, 64, 9),
+        low=False,
+    ),
     "vae1": VaePhase(
         TrainConfig(2500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(2, 256, 160), 64, 12.0),
@@ -80,10 +86,11 @@ PHASES: dict[str, Phase] = {
         after="vae1-short",
     ),
     "vae2": VaePhase(
-        TrainConfig(1500, 2, lr=1e-3, muon=0.005, warmup=50, ema=0.995, save_every=500, bf16=True),
+        TrainConfig(4000, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(2, 128, 128), 64, 12.0),
         Cuts(2, 48, 33),
         low=False,
+        after="vae2-short",
     ),
     "vae2-decoder": VaePhase(
         TrainConfig(3000, 2, lr=2e-3, muon=0.005, warmup=50, ema=0.998, save_every=500, bf16=True),
@@ -122,10 +129,9 @@ def train_task(
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin), "photos": photos_hash(photos)}
     settings["clips"] = asdict(_clips(phase))
     if isinstance(phase, VaePhase):
-        vae = _fresh_vae(name, photos, phase) if begin is None else raw(load_vae(begin, dtype=torch.float32))
+        vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         vae.requires_grad_(True)
-        freeze_linear(vae)
         if phase.decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant.requires_grad_(False)
@@ -167,9 +173,12 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
             load_ema(folder / name, {"vae": vae})
             ship(vae, models / name)
             return
-        vae = _fresh_vae(name, photos, phase)  # what is frozen in training is in no checkpoint
+        vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
-        ship(finished(vae, _statistics(name, photos, phase)), models / name)
+        phase = replace(phase, train=replace(phase.train, device="cpu"))
+        make = _videos(f"{name}/statistics", photos, phase)
+        videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
+        ship(finished(vae, videos), models / name)
         return
     stage = _stage(phase)
     modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
@@ -204,21 +213,6 @@ def _videos(name: str, photos: Photos, phase: VaePhase) -> Callable[[int, int], 
 
     pool = Pool(sample, item.crops.count, item.window, item.reuse, train.steps)
     return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
-
-
-def _fresh_vae(name: str, photos: Photos, phase: VaePhase) -> VAE:
-    """The VAE that a phase begins with, its linear maps fitted to the phase's samples."""
-    vae = new_vae(_stage(phase).vae, step_seed(phase.train.seed, name))
-    if vae.config.linear:
-        side = phase.samples.crops.width
-        fit_linear(vae, _statistics(name, photos, replace(phase, cuts=Cuts(1, side, phase.cuts.frames))))
-    return vae
-
-
-def _statistics(name: str, photos: Photos, phase: VaePhase) -> Iterator[Tensor]:
-    """Pieces to measure, on the CPU; always the same."""
-    make = _videos(f"{name}/statistics", photos, replace(phase, train=replace(phase.train, device="cpu")))
-    return (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
 
 
 def _pools(
