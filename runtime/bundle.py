@@ -86,7 +86,7 @@ def find_bundle(
 ) -> tuple[Path | None, str]:
     """The bundle last built for this profile, weights and machine in the user's cache, or None and why there is none.
 
-    `dtype` None takes any. Only manifests are read; `load_bundle` looks at the rest.
+    `dtype` None takes any but fp8. Only manifests are read; `load_bundle` looks at the rest.
     """
     if not paths.trained and profile.text.kind != "words":  # too large to be built untrained, for a fingerprint
         return None, ""
@@ -100,6 +100,8 @@ def find_bundle(
         except SwiftError:  # another length, other weights: not the one that is looked for
             continue
         if dtype not in (None, bundle.manifest.dtype) or device_of(bundle).type != device.type:
+            continue
+        if bundle.manifest.precision == "fp8":  # gives other pictures: runs only where it is named
             continue
         try:
             check_machine(bundle, device)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from swifti2v import Request, Session, find_models, get_profile, load_models
 from swifti2v.engine.errors import BundleError, EnvironmentMismatch
-from swifti2v.engine.manifest import MANIFEST, Bundle, read_bundle
+from swifti2v.engine.manifest import MANIFEST, Bundle, read_bundle, write_manifest
 from swifti2v.engine.profile import Profile
 from swifti2v.export.build import build_bundle
 from swifti2v.runtime.backend_cache import bundle_place
@@ -200,6 +200,8 @@ def test_the_cache_gives_the_last_bundle_that_fits(tiny: Profile, tmp_path: Path
     half = build(cache / "bundles" / "tiny-eager-bf16-later", precision="bf16").folder
     assert find_bundle(cache, tiny, paths, CPU) == (half, ""), "the last one built"
     assert find_bundle(cache, tiny, paths, CPU, torch.float32) == (place, "")
+    write_manifest(half, replace(read_bundle(half).manifest, precision="fp8"))
+    assert find_bundle(cache, tiny, paths, CPU) == (place, ""), "fp8 is only for who asks for it"
     (half / MANIFEST).write_text("{")
     assert find_bundle(cache, tiny, paths, CPU) == (place, ""), "what is unreadable is not what is looked for"
     spoil_torch(place)
