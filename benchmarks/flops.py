@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engine.dit import DiT
-from ..engine.graphs import Graph, profile_graphs
+from ..engine.graphs import Graph, new_module, profile_graphs
 from ..engine.profile import Profile
 from ..engine.sampler import stage_sigmas
 from ..engine.segments import plan_segments
 from ..engine.stage1 import expert_of
-from ..engine.vae import VAE
 
 Stages = dict[str, Counter[str]]  # stage -> graph -> calls
 
@@ -39,9 +37,7 @@ def graph_flops(profile: Profile, name: str) -> int:
 def meta_weights(profile: Profile, graph: Graph) -> nn.Module:
     """The weights' module of a graph, without memory."""
     with torch.device("meta"):
-        if graph.weights.startswith("vae"):
-            return VAE((profile.stage1 if graph.weights == "vae1" else profile.stage2).vae)
-        return DiT((profile.stage2 if graph.weights == "stage2" else profile.stage1).dit)
+        return new_module(profile, graph.weights)
 
 
 def clip_calls(profile: Profile) -> Stages:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.calls import dit_conditions, stream_call, window_feed
 from ..engine.dit import DiT
+from ..engine.graphs import stage_of
 from ..engine.profile import Profile, StageConfig
 from ..engine.sampler import TIMESTEPS
 from ..engine.vae import VAE
@@ -95,7 +96,7 @@ def step_call(variant: Variant, name: str, latents: Tensor, text: Tensor, image:
     tokens = None if image is None else image.to(variant.dtype)
     conditions = dit_conditions(variant.graphs, weights, (SIGMA,), text.to(variant.dtype), image_tokens=tokens)
     blocks, noisy = window_of(variant.profile, name)
-    stage = variant.profile.stage2 if weights == "stage2" else variant.profile.stage1
+    stage = stage_of(variant.profile, weights)
     feed = window_feed(graph, range(blocks), blocks - noisy, stage.dit.head_dim, latents.device)
     full = {"latents": latents, **feed, **conditions.tables[0], **conditions.text}
     return lambda: graph(full)["velocity"]
@@ -129,7 +130,7 @@ def vae_items(bench: Bench, direction: Literal["encode", "decode"]) -> list[Item
 
 def clip_input(profile: Profile, weights: str, direction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pixels [1, 3, T, H, W] or latents [1, z, F, h, w] of a whole clip."""
-    stage = profile.stage1 if weights == "vae1" else profile.stage2
+    stage = stage_of(profile, weights)
     if direction == "encode":
         return random((1, 3, profile.frames, stage.height, stage.width), dtype, device).clamp_(-1, 1)
     shape = (1, stage.vae.latent_channels, profile.blocks, stage.latent_height, stage.latent_width)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.dit import DiT
+from ..engine.graphs import new_module
 from ..engine.layouts import stays_fp32
 from ..engine.profile import Profile, VAEConfig
 from ..engine.vae import VAE
@@ -74,10 +75,7 @@ def random_module(profile: Profile, name: str, dtype: torch.dtype, device: torch
     """A module whose parameters keep activations near one, made on its device: 16 billion of them fit no host twice."""
     generator = torch.Generator(device).manual_seed(SEED + sum(map(ord, name)))
     with torch.device("meta"):
-        if name.startswith("vae"):
-            module: nn.Module = VAE((profile.stage1 if name == "vae1" else profile.stage2).vae)
-        else:
-            module = DiT((profile.stage2 if name == "stage2" else profile.stage1).dit)
+        module = new_module(profile, name)
     state: dict[str, Tensor] = {}
     for key, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, device=device, generator=generator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.dit import DiT
 from ..engine.errors import EnvironmentMismatch
-from ..engine.layouts import dit_name_from_diffusers, is_rotary, vae_config_json, vae_modules
+from ..engine.layouts import dit_name_from_diffusers, is_rotary, vae_config_json, vae_names_in_diffusers
 from ..engine.rope import half_split_order
 from ..engine.vae import VAE
 from .variants import SHORT
@@ -86,13 +86,9 @@ def peer_vae(ours: VAE, dtype: torch.dtype) -> Any:
     said = {key: value for key, value in vae_config_json(config).items() if key not in UNKNOWN}
     with torch.device("meta"):
         theirs = diffusers().AutoencoderKLWan(**said)
-    rows = vae_modules(len(config.mult), config.res_blocks, config.residual)
-    modules = {ours_name: their_name for ours_name, _, their_name in rows}
-    renamed = {}
-    for name, tensor in ours.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        renamed[f"{modules[module]}.{leaf}"] = tensor.to(dtype)
-    theirs.load_state_dict(renamed, assign=True)
+    state = ours.state_dict()
+    names = vae_names_in_diffusers(config, state)
+    theirs.load_state_dict({names[name]: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return theirs.eval().requires_grad_(False)
 
 

@@ -118,6 +118,17 @@ def profile_graphs(profile: Profile, dtype: torch.dtype) -> dict[str, Graph]:
     return {graph.spec.name: graph for graph in graphs}
 
 
+def stage_of(profile: Profile, weights: str) -> StageConfig:
+    """The stage that weights of that name belong to."""
+    return profile.stage2 if weights in ("stage2", "vae2") else profile.stage1
+
+
+def new_module(profile: Profile, weights: str) -> nn.Module:
+    """The module that weights of that name are for, with initial values."""
+    stage = stage_of(profile, weights)
+    return VAE(stage.vae) if weights.startswith("vae") else DiT(stage.dit)
+
+
 def _text_graphs(weights: str, dit: DiTConfig, dtype: torch.dtype) -> list[Graph]:
     time = GraphSpec(
         f"{weights}_time",

@@ -149,6 +149,13 @@ def vae_modules(stages: int, res_blocks: int, nested: bool) -> list[tuple[str, s
     return rows
 
 
+def vae_names_in_diffusers(config: VAEConfig, names: Iterable[str]) -> dict[str, str]:
+    """Our name of a tensor -> its name in diffusers' AutoencoderKLWan."""
+    modules = {ours: theirs for ours, _, theirs in vae_modules(len(config.mult), config.res_blocks, config.residual)}
+    parts = ((name, *name.rpartition(".")) for name in names)
+    return {name: f"{modules[module]}.{leaf}" for name, module, _, leaf in parts}
+
+
 def _res_block(ours: str, original: str, diffusers: str) -> list[tuple[str, str, str]]:
     parts = (
         ("norm1", "residual.0", "norm1"),

@@ -36,8 +36,8 @@ from .layouts import (
     stays_fp32,
     vae_config,
     vae_config_json,
-    vae_modules,
     vae_names,
+    vae_names_in_diffusers,
 )
 from .lora import merge_loras, with_alphas
 from .profile import DiTConfig, VAEConfig
@@ -153,13 +153,11 @@ def save_dit(model: DiT, folder: AnyPath) -> Path:
 def save_vae(model: VAE, folder: AnyPath) -> Path:
     """Write a VAE in the diffusers layout (AutoencoderKLWan) with its config.json; returns the weights' path."""
     config = model.config
-    rows = vae_modules(len(config.mult), config.res_blocks, config.residual)
-    modules = {ours: diffusers for ours, _, diffusers in rows}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        state[f"{modules[module]}.{leaf}"] = tensor.detach().cpu()
-    return _save(Path(folder), state, vae_config_json(config))
+    state = model.state_dict()
+    names = vae_names_in_diffusers(config, state)
+    return _save(
+        Path(folder), {names[n]: tensor.detach().cpu() for n, tensor in state.items()}, vae_config_json(config)
+    )
 
 
 def load_words(path: AnyPath, *, device: torch.device | str = "cpu") -> WordEncoder:

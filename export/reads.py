@@ -9,22 +9,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..engine.dit import DiT
-from ..engine.graphs import Graph, profile_graphs
+from ..engine.graphs import Graph, new_module, profile_graphs
 from ..engine.profile import Profile
-from ..engine.vae import VAE
 
 
 def meta_modules(profile: Profile, graphs: Iterable[Graph], dtype: torch.dtype) -> dict[str, nn.Module]:
     """Modules without memory for these graphs, by the graphs' weights names."""
-    configs = {"vae1": profile.stage1.vae, "vae2": profile.stage2.vae}
-    modules: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for name in {graph.weights: None for graph in graphs}:
-            if name in configs:
-                modules[name] = VAE(configs[name])
-            else:
-                modules[name] = DiT((profile.stage2 if name == "stage2" else profile.stage1).dit)
+        modules = {name: new_module(profile, name) for name in {graph.weights: None for graph in graphs}}
     for module in modules.values():
         for parameter in module.parameters():  # buffers stay fp32
             parameter.data = parameter.data.to(dtype)

@@ -19,7 +19,7 @@ from .backend_fit import device_of
 from .bundle import load_bundle
 from .capi_status import API_VERSION, CallError, Status
 from .cli_bundle import bundle_paths
-from .cli_options import make_profile, pick_device
+from .cli_options import PROFILE_KEYS, make_profile, pick_device
 from .fused import accelerate
 from .image import MAX_PIXELS, MIN_SIDE, fit_image, load_image
 from .model_paths import ModelPaths
@@ -30,10 +30,6 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_BYTES = 1 << 20
 MOST = {"frames": 100_001, "noisy": 10_000, "neighbours": 10_000, "stage1_steps": 1000, "stage2_steps": 1000}
-OVERRIDES = (
-    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
-    "stage2_guidance", "stage2_init", "strength",
-)  # fmt: skip
 MODELS = ("stage1", "stage1_low", "stage2", "vae1", "vae2", "text", "image_encoder", "embeddings")
 
 
@@ -121,7 +117,7 @@ def open_models(config: Config) -> Loaded:
     bundle = None if config.bundle is None else Path(config.bundle)
     opened = None if bundle is None else read_bundle(bundle)
     base = config.profile or (opened.manifest.profile if opened else "")
-    profile = make_profile(base, {name: getattr(config, name) for name in OVERRIDES})
+    profile = make_profile(base, {name: getattr(config, name) for name in PROFILE_KEYS})
     loras = {name: tuple((Path(lora.path), lora.strength) for lora in files) for name, files in config.loras.items()}
     single = ModelPaths(**{name: Path(path) for name, path in config.models.items()}, loras=loras)
     folder = None if config.model_dir is None else Path(config.model_dir)

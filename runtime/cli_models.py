@@ -14,6 +14,7 @@ from .acceleration import KERNEL_CHOICES, KernelChoice, check_acceleration
 from .cli_bundle import backend_words, base_profile, bundle_device, bundle_paths, default_bundle, open_models
 from .cli_options import (
     PATH,
+    PROFILE_KEYS,
     Device,
     cache_folder,
     make_paths,
@@ -27,11 +28,6 @@ from .fused import accelerate
 from .model_paths import ModelPaths, fit_profile
 from .models import Loaded
 from .sidecar import describe_profile, dtype_name
-
-PROFILE_KEYS = (
-    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
-    "stage2_guidance", "stage2_init", "strength",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,13 @@ def _apply(options: list, command: Callable) -> Callable:
     return command
 
 
+# What options and the C API change of a profile.
+PROFILE_KEYS = (
+    "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
+    "stage2_guidance", "stage2_init", "strength",
+)  # fmt: skip
+
+
 def make_profile(name: str | Profile, overrides: dict[str, Any]) -> Profile:
     """The profile, by its name or itself, with the overrides that are not None."""
     later = {key: overrides.pop(key) for key in ("stage2_init", "strength")}

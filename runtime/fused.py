@@ -46,12 +46,12 @@ def accelerate(
             f"fused kernels: got a bundle of {loaded.backend}, which has its own, want PyTorch's modules; "
             "leave out the bundle, or run with kernels auto"
         )
-    chosen = Acceleration()
+    found = Acceleration()
     if kernels != "eager" and can_fuse(loaded.device):
         folder = cache if loaded.bundle is None else keep_folder(loaded.bundle.folder)
-        chosen = measure_kernels(loaded.profile, loaded.modules, loaded.dtype, loaded.device, folder, say)
-    give_kernels(loaded.modules, chosen.kernels)
-    return replace(loaded, acceleration=replace(chosen, cuda_graphs=cuda_graphs))
+        found = measure_kernels(loaded.profile, loaded.modules, loaded.dtype, loaded.device, folder, say)
+    give_kernels(loaded.modules, found.kernels)
+    return replace(loaded, acceleration=replace(found, cuda_graphs=cuda_graphs))
 
 
 def measure_kernels(
