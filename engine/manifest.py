@@ -140,7 +140,8 @@ class Bundle:
 
 def read_bundle(folder: Path) -> Bundle:
     """A bundle by its manifest; `check_artifacts` looks at the files. BundleError for what is not a whole bundle."""
-    part = folder.with_name(folder.name + PART)
+    folder = folder.absolute()  # `.` has no name that another could stand beside
+    part = folder.parent / (folder.name + PART)
     if not folder.is_dir():
         if part.is_dir():
             raise BundleError(

@@ -65,6 +65,7 @@ def build_bundle(
     graphs = profile_graphs(source.profile, PRECISIONS[source.precision])
     picked = pick_graphs(graphs, names)
     report = on_progress or (lambda _: None)
+    out = out.absolute()  # `.` has no name that a .part could stand beside
     check_out(out)
     with part_folder(out) as part:
         own = {**finished_graphs(out), **finished_graphs(part)}

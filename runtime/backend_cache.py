@@ -45,4 +45,5 @@ def _time(path: Path) -> float:
 
 def keep_folder(bundle: Path) -> Path:
     """The folder beside a bundle for what may be lost: timings of a compiler, kernels compiled for one GPU."""
-    return bundle.with_name(bundle.name + ".cache")
+    bundle = bundle.absolute()  # `.` has no name
+    return bundle.parent / (bundle.name + ".cache")

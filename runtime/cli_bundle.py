@@ -92,7 +92,7 @@ def show_bundle(path: Path, as_json: bool) -> None:
     if as_json:
         result = {"kind": "bundle", "digest": manifest.digest, **to_plain(manifest)}
         result["kernels"] = describe_kernels(kernels)
-        click.echo(json.dumps({"ok": True, "exit_code": 0, "result": {path.name: result}}))
+        click.echo(json.dumps({"ok": True, "exit_code": 0, "result": {path.absolute().name: result}}))
         return
     click.echo(f"{path}: {manifest.profile.name}, {manifest.backend}, {manifest.precision}, built for {manifest.arch}")
     said = {"weights": manifest.weights.source, **manifest.versions, **manifest.built_with}

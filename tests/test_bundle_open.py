@@ -260,6 +260,14 @@ def test_inspect_and_verify(made: Path, tmp_path: Path):
     assert set(json.loads(verified.stdout)["result"]["parity"].values()) == {0.0}
 
 
+def test_a_bundle_may_be_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    assert load_bundle(".").bundle.folder == folder
+    plain = json.loads(command("swifti2v", "inspect", ".", "--json", cache=folder).stdout)["result"][folder.name]
+    assert plain["kind"] == "bundle", "by the folder's own name"
+    assert command("swifti2v-export", "verify", ".", cache=folder).returncode == 0
+
+
 def test_verify_finds_what_is_wrong(folder: Path, tmp_path: Path):
     spoil_flip(folder)
     ran = command("swifti2v-export", "verify", folder, cache=tmp_path)

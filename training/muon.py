@@ -15,10 +15,17 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; a kernel [out, in, ...] counts as the matrix [out, in * ...]."""
+    """Nesterov momentum, orthogonalised in `dtype`; a kernel [out, in, ...] counts as the matrix [out, in * ...]."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -35,7 +42,8 @@ class Muon(torch.optim.Optimizer):
                 update = parameter.grad.lerp(state["average"], group["momentum"]).flatten(1)  # -> [out, in * ...]
                 rows, columns = update.shape
                 scale = max(1.0, rows / columns) ** 0.5  # so that outputs move as far, whatever the shape
-                parameter.add_(orthogonal(update).view_as(parameter), alpha=-group["lr"] * scale)
+                turned = orthogonal(update.to(self.dtype)).view_as(parameter)
+                parameter.add_(turned.to(parameter.dtype), alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:

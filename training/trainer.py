@@ -282,7 +282,9 @@ def _optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon:
         hidden = layer_weights(modules.values())
-        optimizers.append(Muon(hidden, config.muon))
+        # Its iteration mends its own rounding, and costs as much as the rest of a small step.
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        optimizers.append(Muon(hidden, config.muon, dtype=dtype))
         taken = {id(value) for value in hidden}
         parameters = [value for value in parameters if id(value) not in taken]
     matrices = [value for value in parameters if sum(n > 1 for n in value.shape) > 1]
