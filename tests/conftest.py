@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from swifti2v.engine.dit import DiT
@@ -17,6 +18,11 @@ from swifti2v.engine.weights import save_dit, save_vae, save_words
 from swifti2v.runtime.backend_eager import open_eager
 from swifti2v.runtime.prompts import WordPrompts
 from swifti2v.runtime.session import Session
+
+settings.register_profile(  # a busy machine is no failure
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("untimed")
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import build
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -373,7 +373,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(
     request_=st.one_of(
         st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=4).map(json.dumps),
@@ -397,7 +397,7 @@ def test_200_malformed_requests_give_a_status_and_a_text(shared: int, request_: 
     assert capi.poll(shared)[0] == Status.OK
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(field=st.sampled_from(sorted(set(Config.__dataclass_fields__) - {"profile"})), value=JUNK)
 def test_malformed_configs_give_a_status_and_a_text(field: str, value: object):
     status, handle = capi.create(json.dumps({**SMALL, "frames": 13, field: value}))

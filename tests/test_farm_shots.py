@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swifti2v.runtime.farm_errors import FarmError
@@ -53,7 +53,7 @@ def shot_lists(draw) -> str:
     return json.dumps(whole, ensure_ascii=draw(st.booleans()))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(shot_lists())
 def test_a_list_is_read_or_refused_in_one_line(text: str):
     """Whatever stands there: shots that the schema allows too, or one short line that says what is wrong."""

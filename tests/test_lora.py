@@ -374,7 +374,7 @@ KEYS = st.one_of(st.text(max_size=30), st.lists(PIECES, max_size=6).map(".".join
 MISFITS = st.sampled_from([torch.ones(7, 7), torch.ones(7), torch.tensor(1.0), torch.zeros(0)])  # fit no layer
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(KEYS, MISFITS, max_size=4))
 def test_garbage_names_are_refused_and_never_crash(lora: dict[str, Tensor]):
     with pytest.raises(WeightsError) as caught:
@@ -389,7 +389,7 @@ SHAPES = st.sampled_from([(), (1,), (2,), (2, 3), (1, 3), (2, 1), (0, 3), (2, 1,
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(NAMES, st.builds(lambda s, d: torch.ones(s).to(d), SHAPES, DTYPES), max_size=4))
 def test_real_names_with_any_tensors_merge_or_are_refused(lora: dict[str, Tensor]):
     state, before = literal_state(), literal_state()

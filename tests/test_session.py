@@ -156,7 +156,7 @@ def encodable(text: object) -> bool:
     return False
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     change=st.fixed_dictionaries(
         {},

@@ -239,7 +239,7 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(cut=st.integers(0, 175))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_cut_short_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, whole_file: bytes, cut: int):
     path = tmp_path_factory.getbasetemp() / "cut.safetensors"
     path.write_bytes(whole_file[: cut % len(whole_file)])
@@ -247,7 +247,7 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path_factory: pytest.TempPa
 
 
 @given(garbage=st.binary(max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_garbage_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, garbage: bytes):
     path = tmp_path_factory.getbasetemp() / "garbage.safetensors"
     path.write_bytes(garbage)
