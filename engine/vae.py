@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         self.middle = Middle(widths[-1])
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels)
-        self.linear = LinearEncoder(2 * config.latent_channels, config.spatial, config.time) if config.linear else None
+        self.linear = LinearEncoder(config.latent_channels, config.spatial, config.time) if config.linear else None
         # Stages before the first change of frame rate hold the large tensors.
         self.framewise = next((i for i, t in enumerate(config.temporal) if t), len(self.stages))
 
@@ -115,7 +115,10 @@ class Encoder(nn.Module):
         for stage in self.stages[self.framewise :]:
             x = stage(x, tape)
         x = self.conv_out(F.silu(self.norm_out(self.middle(x, tape))), tape)
-        return x if self.linear is None else x + self.linear(pixels, tape.first)
+        if self.linear is None:
+            return x
+        mean, spread = x.chunk(2, dim=1)  # 2 x [B, z, T', h, w]
+        return torch.cat((mean + self.linear(pixels, tape.first), spread), dim=1)
 
 
 class Decoder(nn.Module):

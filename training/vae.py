@@ -98,14 +98,14 @@ def fit_linear(vae: VAE, videos: Iterable[Tensor]) -> None:
     for layer in (encoder.first, encoder.next, vae.encoder.conv_out, vae.decoder.conv_out, vae.quant, vae.post_quant):
         layer.weight.zero_()
         layer.bias.zero_()  # type: ignore[union-attr]
+    vae.encoder.conv_out.bias[z:] = -12.0  # type: ignore[index]
     vae.quant.weight.copy_(torch.eye(2 * z).view_as(vae.quant.weight))
     vae.post_quant.weight.copy_(torch.eye(z).view_as(vae.post_quant.weight))
     maps = ((encoder.first, decoder.first, own * time**0.5, first), (encoder.next, decoder.next, basis, later))
     for there, back, rows, moments in maps:
         norm = rows.square().sum(1).mean()
-        there.weight[:z] = rows[:, :, None, None, None]
-        there.bias[:z] = -rows @ moments.mean  # type: ignore[index]
-        there.bias[z:] = -12.0  # type: ignore[index]
+        there.weight.copy_(rows[:, :, None, None, None])
+        there.bias.copy_(-rows @ moments.mean)  # type: ignore[union-attr]
         back.weight.copy_(rows.T[:, :, None, None, None] / norm)
         back.bias.copy_(moments.mean)  # type: ignore[union-attr]
 
