@@ -1,6 +1,6 @@
-"""Models with the kernels that a run would choose on this GPU, beside the plain ones that they are timed against."""
+"""Models with the kernels that a run would choose on this GPU, and captured steps, beside the plain ones."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,25 +8,26 @@ from torch import nn
 
 from ..engine.graphs import Graph, profile_graphs
 from ..engine.spec import Executable
-from ..runtime.acceleration import check_acceleration
+from ..runtime.acceleration import Acceleration, check_acceleration
 from ..runtime.backend_eager import EagerExecutable
+from ..runtime.cuda_graphs import CapturedExecutable, is_step
+from ..runtime.frame_copy import FrameCopier
 from ..runtime.fused import give_kernels, measure_kernels, twin
 from .models import Models
-from .variants import SHORT, Graphs, Variant
+from .variants import SHORT, Around, Graphs, OpenGraph, Variant, eager_variant
 
 
-def accelerated_module(models: Models, name: str, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
+def accelerated_module(models: Models, name: str, dtype: torch.dtype, folder: Path | None) -> nn.Module:
     """The module of that weights name, which shares its weights with the plain one, with the kernels chosen here.
 
     What is measured is kept in `folder`, where there is one.
     """
     module = twin(models.module(name, dtype))
-    chosen = measure_kernels(models.profile, {name: module}, dtype, models.device, folder)
-    give_kernels({name: module}, chosen.kernels)
+    give_kernels({name: module}, _measured(models, {name: module}, dtype, folder).kernels)
     return module
 
 
-def fused_modules(models: Models, dtype: torch.dtype, folder: Path | None = None) -> Callable[[Graph], Executable]:
+def fused_modules(models: Models, dtype: torch.dtype, folder: Path | None) -> OpenGraph:
     """How eager opens a graph on such modules, each made once."""
     kept: dict[str, nn.Module] = {}
 
@@ -38,8 +39,28 @@ def fused_modules(models: Models, dtype: torch.dtype, folder: Path | None = None
     return open_graph
 
 
-def fused_variant(models: Models, dtype: torch.dtype, folder: Path | None = None) -> Variant:
-    """PyTorch with the kernels chosen here. EnvironmentMismatch without a CUDA device and Triton."""
-    check_acceleration("fused", False, models.device)
-    graphs = Graphs(profile_graphs(models.profile, dtype), fused_modules(models, dtype, folder), models.device)
-    return Variant(f"fused_{SHORT[dtype]}", "eager", dtype, models.profile, graphs)
+def fused_variant(models: Models, dtype: torch.dtype, folder: Path | None, captured: bool = False) -> Variant:
+    """PyTorch with the kernels chosen here, and with `captured` steps. EnvironmentMismatch without CUDA and Triton."""
+    check_acceleration("fused", captured, models.device)
+    capture = capturing(models.device) if captured else None
+    graphs = Graphs(profile_graphs(models.profile, dtype), fused_modules(models, dtype, folder), models.device, capture)
+    copier = FrameCopier(models.device, _measured(models, {}, dtype, folder).kernels.to_bytes)
+    name = f"fused_{SHORT[dtype]}{'_captured' if captured else ''}"
+    return Variant(name, "eager", dtype, models.profile, graphs, copier=copier)
+
+
+def captured_variant(models: Models, dtype: torch.dtype) -> Variant:
+    """PyTorch as it is, its denoising steps captured. EnvironmentMismatch without CUDA."""
+    return replace(eager_variant(models, dtype, around=capturing(models.device)), name=f"eager_{SHORT[dtype]}_captured")
+
+
+def capturing(device: torch.device) -> Around:
+    """What captures a denoising step and leaves other graphs as they are; all that it captures shares its memory."""
+    check_acceleration("eager", True, device)
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+    return lambda graph: CapturedExecutable(graph, pool) if is_step(graph.spec) else graph
+
+
+def _measured(models: Models, modules: dict[str, nn.Module], dtype: torch.dtype, folder: Path | None) -> Acceleration:
+    return measure_kernels(models.profile, modules, dtype, models.device, folder)

@@ -42,7 +42,7 @@ def attention_items(models: Models, dtypes: list[torch.dtype], say: Callable[[st
                 refused = refusal(call)
                 if refused:
                     refusals.append(f"{kernel} {SHORT[dtype]} refuses and is not timed ({refused})")
-                    say(f"{name}: {refusals[-1]};")
+                    say(f"{name}: {refusals[-1]}")
                 else:
                     works[f"{kernel} {SHORT[dtype]}"], dtype_of[f"{kernel} {SHORT[dtype]}"] = Work(call), dtype
         if not works:

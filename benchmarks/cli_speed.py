@@ -1,4 +1,7 @@
-"""`swifti2v-bench CASE` for every speed case: tables on stdout, progress on stderr, the whole record in --json FILE."""
+"""`swifti2v-bench CASE` for every speed case: tables on stdout, progress on stderr, the whole record in --json FILE.
+
+The record is written anew after every part of a case, so that a run that is stopped leaves what it has measured.
+"""
 
 import json
 from pathlib import Path
@@ -12,13 +15,14 @@ from ..engine.manifest import EAGER_PRECISIONS
 from ..engine.presets import PROFILES, get_profile
 from ..runtime.acceleration import KERNEL_CHOICES, KernelChoice, can_fuse
 from ..runtime.backend_registry import BACKENDS
-from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
+from ..runtime.cli_options import PATH, Device, Size, cache_folder, pick_device
 from ..runtime.devices import best_dtype
 from ..runtime.sidecar import write_json
-from .accelerated import fused_variant
+from .accelerated import captured_variant, fused_variant
 from .baseline import Change, compare, read_record
 from .clock import CLOCKS, ClockName, Timing
 from .items import Bench
+from .lengths import growth_words
 from .models import open_models
 from .peers import Peer, diffusers
 from .plot import plot_lengths
@@ -35,6 +39,8 @@ def speed_command(case: str) -> click.Command:
     options: list[click.Parameter] = [
         click.Option(["--profile", "profile_name"], default="nano", show_default=True, help=f"{', '.join(PROFILES)}."),
         click.Option(["--frames"], type=int, help="Length, 4k+1 frames."),
+        click.Option(["--size"], type=Size(), help="Final size in pixels, such as 384x256."),
+        click.Option(["--stage2-steps"], type=int, help="Steps of Stage II."),
         click.Option(["--model-dir"], type=PATH, help="Folder with weights; the shipped ones, or random ones if none."),
         click.Option(["--device"], type=Device(), default="auto", show_default=True, help="auto, cpu, cuda ..."),
         click.Option(
@@ -48,6 +54,7 @@ def speed_command(case: str) -> click.Command:
             ["--kernels"], type=click.Choice(KERNEL_CHOICES), default="eager", show_default=True,
             help="Also PyTorch with the kernels chosen here.",
         ),
+        click.Option(["--cuda-graphs"], is_flag=True, help="Also with the denoising steps as CUDA graphs."),
         click.Option(["--peers"], is_flag=True, help="Also diffusers' modules with the same weights, in fp32."),
         click.Option(["--peer-dtype"], type=click.Choice(list(EAGER_PRECISIONS)), help="Peers in this dtype too."),
         click.Option(["--runs"], type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each."),
@@ -57,13 +64,17 @@ def speed_command(case: str) -> click.Command:
             help="On a CPU; process counts only what cores did for this process, with --threads 1 for busy machines.",
         ),
         click.Option(["--threads"], type=click.IntRange(1), help="Threads on the CPU."),
-        click.Option(["--json", "json_file"], type=PATH, help="Write the record, with raw samples; - is stdout."),
+        click.Option(
+            ["--json", "json_file"], type=PATH,
+            help="Write the record, with raw samples; - is stdout. A file has what is measured so far at any time.",
+        ),
         click.Option(["--baseline"], type=PATH, help=f"Compare with a record of --json; exit {REGRESSED} if slower."),
         click.Option(["-q", "--quiet"], is_flag=True, help="No progress."),
     ]  # fmt: skip
     if case in WITH_LENGTHS:
         options.append(click.Option(["--lengths"], help="Frames, separated by commas: 33,65,97."))
         options.append(click.Option(["--plot"], type=PATH, help="Draw times over frames, a .png or .svg."))
+        options.append(click.Option(["--denoising"], is_flag=True, help="Time the denoising steps alone, no VAE."))
     help_text = CASES[case].__doc__
     return click.Command(case, params=options, callback=lambda **given: _run(case, **given), help=help_text)
 
@@ -82,6 +93,7 @@ def _run(
     compiling: bool,
     lengths: str | None = None,
     plot: Path | None = None,
+    denoising: bool = False,
     **chosen: Any,
 ) -> int:
     if threads is not None:
@@ -92,17 +104,18 @@ def _run(
     timing = Timing(runs, warmup, clock)
     bench = _open(case, place, compiling, **chosen)
     peaks = Peaks(place, clock)
-    say = (lambda _: None) if quiet else (lambda text: click.echo(f"{case}: {text} done", err=True))
-    plan = Plan(timing, _numbers(lengths), compiling, say)
-    result = CASES[case](bench, peaks, plan)
+    say = (lambda _: None) if quiet else (lambda text: click.echo(f"{case}: {text}", err=True))
+    plan = Plan(timing, _numbers(lengths), denoising, compiling, cache_folder(), say)
+    file = None if json_file == STDOUT else json_file
+    result = _measure(case, bench, peaks, plan, file)
     record = make_record(case, bench.models, bench.variants, result, peaks, timing)
     changes = [] if before is None else compare(record, before)
     if before is not None:
         record["changes"] = [change.as_json() for change in changes]
     if plot is not None:
         plot_lengths(record, plot)
-    if json_file is not None and json_file != STDOUT:
-        write_json(json_file, record)
+    if file is not None:
+        write_json(file, record)
     if json_file == STDOUT:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": record}, ensure_ascii=False))
     else:
@@ -112,6 +125,22 @@ def _run(
     return REGRESSED if any(change.regressed for change in changes) else 0
 
 
+def _measure(case: str, bench: Bench, peaks: Peaks, plan: Plan, file: Path | None) -> Result:
+    """Run a case; after each of its parts the record in `file` holds all so far, marked as not complete."""
+    result = Result()
+    try:
+        for part in CASES[case](bench, peaks, plan):
+            result.add(part)
+            if file is not None:
+                write_json(file, make_record(case, bench.models, bench.variants, result, peaks, plan.timing, False))
+            plan.say(f"{part.words}: done")
+    except BaseException:
+        if file is not None and (result.rows or result.lengths):
+            click.echo(f"{case}: stopped; {file} has what was measured, marked as not complete", err=True)
+        raise
+    return result
+
+
 def _open(
     case: str,
     device: torch.device,
@@ -119,24 +148,32 @@ def _open(
     *,
     profile_name: str,
     frames: int | None,
+    size: tuple[int, int] | None,
+    stage2_steps: int | None,
     model_dir: Path | None,
     dtypes: tuple[str, ...],
     bundles: tuple[Path, ...],
     backend: str | None,
     kernels: KernelChoice,
+    cuda_graphs: bool,
     peers: bool,
     peer_dtype: str | None,
 ) -> Bench:
     """What is compared: peers first, then eager, torch.compile, bundles; ratios are to the first."""
     if case == "cpu-nano" and (profile_name not in ("nano", "tiny") or device.type != "cpu"):
         raise ProfileError(f"cpu-nano: got {profile_name} on {device.type}, want nano on cpu; use the other cases")
-    models = open_models(get_profile(profile_name).override(frames=frames), model_dir, device)
+    profile = get_profile(profile_name).override(frames=frames, size=size, stage2_steps=stage2_steps)
+    models = open_models(profile, model_dir, device)
     numbers = [EAGER_PRECISIONS[name] for name in dtypes] or ([] if bundles else [best_dtype(device)])
+    narrow = numbers[-1] if numbers else best_dtype(device)
     variants = [eager_variant(models, dtype) for dtype in numbers]
     if compiling and case != "ladder":
-        variants.append(compiled_variant(models, numbers[-1] if numbers else best_dtype(device)))
+        variants.append(compiled_variant(models, narrow))
     if kernels == "fused" or (kernels == "auto" and can_fuse(device)):
-        variants.append(fused_variant(models, numbers[-1] if numbers else best_dtype(device), cache_folder()))
+        variants.append(fused_variant(models, narrow, cache_folder()))
+        variants += [fused_variant(models, narrow, cache_folder(), captured=True)] if cuda_graphs else []
+    elif cuda_graphs:
+        variants.append(captured_variant(models, narrow))
     variants += [bundle_variant(models, folder, backend, cache_folder()) for folder in bundles]
     wanted = [torch.float32] if peers else []
     wanted += [EAGER_PRECISIONS[peer_dtype]] if peer_dtype is not None else []
@@ -157,7 +194,7 @@ def _print(record: dict[str, Any], result: Result, peaks: Peaks, changes: list[C
         rate = next(iter(peaks.found.values())).rate
         click.echo(table(LENGTH_HEADER, [length_cells(point, rate) for point in result.lengths]))
         for way, fit in record["lengths"]["growth"].items():
-            click.echo(f"{way}: denoising grows as frames^{fit['denoise_growth_exponent']:.2f}" + _line(fit))
+            click.echo(f"{way}: {growth_words(fit)}")
     for change in changes:
         ratio = change.ratio
         verdict = "SLOWER" if change.regressed else "ok"
@@ -178,11 +215,6 @@ def _facts(record: dict[str, Any]) -> str:
         f"{device['name']}, torch {identity['versions']['torch']}, {record['timer']['runs']} runs after "
         f"{record['timer']['warmup']} of warm-up\npeak: {peak}"
     )
-
-
-def _line(fit: dict[str, Any]) -> str:
-    away = fit["denoise_from_a_line"]
-    return "" if away is None else f", within {100 * away:.1f} % of a line"
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -1,14 +1,13 @@
-"""Whole clips: where their time goes, when the first frames are there, how time grows with length."""
+"""Whole clips: where their time goes, and when the first frames are there."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ..engine.profile import Profile
-from ..engine.segments import plan_segments
 from ..runtime.session import Request, Session
 from ..runtime.timing import Timings
 from .clock import CLOCKS, ClockName, Samples, Timing, Work, time_in_turns
@@ -57,7 +56,7 @@ class Runs:
 
 def open_session(models: Models, variant: Variant) -> Session:
     """A session on a variant's own graphs, which are opened when first called."""
-    return Session(variant.profile, variant.graphs, models.prompts, models.device, models.image_encoder)
+    return Session(variant.profile, variant.graphs, models.prompts, models.device, models.image_encoder, variant.copier)
 
 
 def sample_request(profile: Profile) -> Request:
@@ -125,86 +124,6 @@ def first_flops(profile: Profile) -> int:
     """Operations until the first segment is decoded: Stage I in full, of Stage II one segment."""
     whole, one = clip_flops(profile), clip_flops(profile.override(frames=profile.noisy * profile.block_frames + 1))
     return whole["prompt"] + whole["stage1"] + sum(one[stage] for stage in ("reference", "denoise", "decode"))
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """Stage II of a clip of one length in one way: seconds by stage, one entry a run."""
-
-    way: str
-    frames: int
-    segments: int
-    window: int  # blocks of the longest
-    flops: int  # reference, denoise and decode
-    denoise_flops: int
-    denoise: tuple[float, ...]
-    samples: Samples
-
-
-Open = Callable[[Profile], Variant]
-
-
-def length_points(
-    models: Models,
-    open_variant: Open,
-    lengths: Sequence[int],
-    ways: Sequence[str],
-    timing: Timing,
-    on_length: Callable[[str], None],
-) -> list[LengthPoint]:
-    """Stage II of clips of several lengths, in segments and as one window of all blocks, from the same motion.
-
-    The ways of a length are timed in turns. `open_variant` gives the graphs of a profile.
-    """
-    points = []
-    for frames in lengths:
-        profiles = {way: length_profile(models.profile, frames, way) for way in ways}
-        variants = {way: open_variant(profile) for way, profile in profiles.items()}
-        sessions = {way: Runs(open_session(models, variant), timing.clock) for way, variant in variants.items()}
-        works = {way: _stage2_work(one) for way, one in sessions.items()}
-        # the memory of one way does not count the other's: nothing but the shared weights outlives a call
-        samples = time_in_turns(works, models.device, timing)
-        for way, one in sessions.items():
-            profile, flops = profiles[way], clip_flops(profiles[way])
-            parts = one.stages[1 + timing.warmup : 1 + timing.warmup + timing.runs]
-            points.append(
-                LengthPoint(
-                    way=way,
-                    frames=frames,
-                    segments=len(plan_segments(profile.blocks, profile.noisy, profile.neighbours)),
-                    window=profile.windows[-1],
-                    flops=sum(flops[stage] for stage in ("reference", "denoise", "decode")),
-                    denoise_flops=flops["denoise"],
-                    denoise=tuple(part["denoise"] for part in parts),
-                    samples=samples[way],
-                )
-            )
-        for variant in variants.values():
-            variant.check()
-        on_length(f"{frames} frames")
-    return points
-
-
-def length_profile(profile: Profile, frames: int, way: str) -> Profile:
-    """A profile of another length, in `segments` or as the `full-sequence` baseline: one window of all blocks."""
-    profile = profile.override(frames=frames)
-    return profile if way == "segments" else replace(profile, noisy=profile.blocks - 1, neighbours=0)
-
-
-def _stage2_work(one: Runs) -> Work:
-    """All but Stage I, whose result is random motion."""
-    profile, device = one.session.profile, one.session.device
-    stage = profile.stage1
-    shape = (1, stage.dit.out_channels, profile.blocks, stage.latent_height, stage.latent_width)
-    motion = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    request = sample_request(profile)
-
-    def call() -> None:
-        clip, state = one.session.prepare(request, motion=motion)
-        for _ in one.session.resume(request, clip, state):
-            pass
-
-    return Work(call, one.start, one.stop)
 
 
 def _drain(session: Session, request: Request) -> None:

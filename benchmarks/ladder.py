@@ -5,9 +5,10 @@ while, and models of full size fit.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -20,9 +21,8 @@ from ..engine.sampler import TIMESTEPS
 from ..engine.spec import Executable
 from ..runtime.acceleration import can_fuse
 from ..runtime.backend_eager import EagerExecutable
-from ..runtime.cuda_graphs import capture_steps
 from ..runtime.sidecar import dtype_name
-from .accelerated import fused_modules
+from .accelerated import capturing, fused_modules
 from .backend_compile import CompiledExecutable
 from .clock import Timing, Work, time_in_turns
 from .flops import graph_flops
@@ -30,9 +30,7 @@ from .items import SIGMA, block_work, random, step_call, window_of
 from .models import Models
 from .rows import PeakOf, Row, parity
 from .statistics import paired_speedup
-from .variants import Graphs, Variant
-
-OpenGraph = Callable[[Graph], Executable]
+from .variants import Graphs, OpenGraph, Variant
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,20 @@ class Rung:
     open: Callable[[], Work]
 
 
-def ladders(models: Models, narrow: torch.dtype, compiling: bool) -> dict[str, list[Rung]]:
-    """The rungs of each graph, lowest first. `narrow` is the dtype that fp32 is left for; it may be fp32 itself."""
+def ladders(models: Models, narrow: torch.dtype, compiling: bool, cache: Path | None) -> dict[str, list[Rung]]:
+    """The rungs of each graph, lowest first. `narrow` is the dtype that fp32 is left for; it may be fp32 itself.
+
+    What is measured of kernels is kept in the folder `cache`.
+    """
     window = "stage2_next" if len(models.profile.windows) > 1 else "stage2_first"
     return {
-        window: dit_rungs(models, window, narrow, compiling),
+        window: dit_rungs(models, window, narrow, compiling, cache),
         "reference_next": vae_rungs(models, "reference", narrow, compiling),
         "decode_next": vae_rungs(models, "decode", narrow, compiling),
     }
 
 
-def dit_rungs(models: Models, name: str, narrow: torch.dtype, compiling: bool) -> list[Rung]:
+def dit_rungs(models: Models, name: str, narrow: torch.dtype, compiling: bool, cache: Path | None) -> list[Rung]:
     """Of a Stage II window. The lowest rungs compute time tables and text keys in every forward."""
 
     def plain(dtype: torch.dtype, cached: bool = False) -> Callable[[], Work]:
@@ -70,7 +71,7 @@ def dit_rungs(models: Models, name: str, narrow: torch.dtype, compiling: bool) -
     rungs.append(Rung("cached", "tables and text keys made once", narrow, plain(narrow, cached=True)))
     rungs.append(Rung("pruned", "the last layer computes noisy blocks only", narrow, step(eager(models, narrow))))
     if can_fuse(models.device):
-        measured = fused_modules(models, narrow)
+        measured = fused_modules(models, narrow, cache)
         rungs.append(Rung("fused", "kernels that were measured to be no slower", narrow, step(measured)))
         rungs.append(Rung("replayed", "the step as one CUDA graph", narrow, step(captured(measured, models.device))))
     if compiling:
@@ -103,9 +104,8 @@ def vae_rungs(
     return rungs
 
 
-def climb(name: str, rungs: Sequence[Rung], models: Models, peak_of: PeakOf, timing: Timing) -> list[Row]:
+def climb(name: str, rungs: Sequence[Rung], models: Models, peak_of: PeakOf, timing: Timing) -> Iterator[Row]:
     """Time each rung in turns with the one below it. The first has no ratio; notes say the product of all so far."""
-    rows: list[Row] = []
     flops, product = graph_flops(models.profile, name), 1.0
     for lower, upper in pairwise(rungs):
         works = {lower.name: lower.open(), upper.name: upper.open()}
@@ -122,15 +122,14 @@ def climb(name: str, rungs: Sequence[Rung], models: Models, peak_of: PeakOf, tim
         samples = time_in_turns(works, models.device, timing, memory=False, on_cold=compare)
         works.clear()
         ratio = paired_speedup(samples[lower.name].warm, samples[upper.name].warm)
-        if not rows:
+        if lower is rungs[0]:
             bound = flops / peak_of(lower.dtype).rate
-            rows.append(Row(name, lower.name, samples[lower.name], flops, bound, note=lower.what))
+            yield Row(name, lower.name, samples[lower.name], flops, bound, note=lower.what)
         product *= ratio.value
         note = f"{upper.what}; {product:.2f} times since {rungs[0].name} (product of the steps)"
         bound = flops / peak_of(upper.dtype).rate
         distance = distances[upper.name]
-        rows.append(Row(name, upper.name, samples[upper.name], flops, bound, distance, {lower.name: ratio}, note))
-    return rows
+        yield Row(name, upper.name, samples[upper.name], flops, bound, distance, {lower.name: ratio}, note)
 
 
 def plain_window(models: Models, name: str, dtype: torch.dtype, cached: bool) -> Work:
@@ -176,7 +175,8 @@ def eager(models: Models, dtype: torch.dtype, channels_last: bool = False) -> Op
 
 def captured(open_graph: OpenGraph, device: torch.device) -> OpenGraph:
     """The same, denoising steps captured."""
-    return lambda graph: capture_steps({graph.spec.name: open_graph(graph)}, device)[graph.spec.name]
+    capture = capturing(device)
+    return lambda graph: capture(open_graph(graph))
 
 
 def compiled(models: Models, dtype: torch.dtype, mode: str | None = None) -> OpenGraph:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from ..runtime.sidecar import describe_profile, dtype_name
-from .clips import LengthPoint
 from .clock import INSIDE, ClockName, Timing
 from .identity import identity
+from .lengths import LengthPoint, lengths_json
 from .models import Models
 from .peak import Peak, device_peak, measured_peak
 from .rows import Row
-from .statistics import growth, line_fit, median
+from .statistics import median
 from .variants import Variant, describe_variant
 
 HEADER = ("what", "variant", "cold", "median", "95 % interval", "TFLOP/s", "of bound", "peak", "faster than")
@@ -39,19 +39,42 @@ class Peaks:
 
 @dataclass
 class Result:
-    """What a case has measured."""
+    """What a case has measured, or a part of it."""
 
     rows: list[Row] = field(default_factory=list)
     lengths: list[LengthPoint] = field(default_factory=list)
 
+    def add(self, part: "Result") -> None:
+        self.rows += part.rows
+        self.lengths += part.lengths
+
+    @property
+    def words(self) -> str:
+        """What there is, in one line: names of rows, and the figures of a length, as the next may take long."""
+        names = dict.fromkeys(row.name for row in self.rows)
+        said = [
+            f"{point.frames} frames in {seconds(median(point.denoise).value)} ({point.way})" for point in self.lengths
+        ]
+        return ", ".join([*names, *said])
+
 
 def make_record(
-    case: str, models: Models, variants: Mapping[str, Variant], result: Result, peaks: Peaks, timing: Timing
+    case: str,
+    models: Models,
+    variants: Mapping[str, Variant],
+    result: Result,
+    peaks: Peaks,
+    timing: Timing,
+    complete: bool = True,
 ) -> dict[str, Any]:
-    """Everything that was measured, and on what, as plain JSON values; raw samples included."""
+    """Everything that was measured, and on what, as plain JSON values; raw samples included.
+
+    `complete` is false where the case goes on: a run that is stopped leaves such a record.
+    """
     return {
         "format": 1,
         "case": case,
+        "complete": complete,
         "identity": identity(models),
         "profile": describe_profile(models.profile),
         "variants": {name: describe_variant(variant) for name, variant in variants.items()},
@@ -62,23 +85,6 @@ def make_record(
         "rows": [row.as_json() for row in result.rows],
         **({"lengths": lengths_json(result.lengths)} if result.lengths else {}),
     }
-
-
-def lengths_json(points: Sequence[LengthPoint]) -> dict[str, Any]:
-    """The points, and for each way how its time grows: the exponent, and how far from a line over segments it is."""
-    fits = {}
-    for way in dict.fromkeys(point.way for point in points):
-        own = [point for point in points if point.way == way]
-        denoise = [median(point.denoise).value for point in own]
-        if len(own) > 1:
-            blocks = [(point.frames - 1) for point in own]
-            over = [point.segments for point in own] if way == "segments" else blocks
-            fits[way] = {
-                "denoise_growth_exponent": growth(blocks, denoise),
-                "denoise_from_a_line": line_fit(over, denoise)[2] if len(own) > 2 else None,
-                "denoise_seconds_a_segment": [a / point.segments for a, point in zip(denoise, own, strict=True)],
-            }
-    return {"points": [asdict(point) for point in points], "growth": fits}
 
 
 def row_cells(row: Row) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """From samples to rows: time, rate, distance from the bound, ratios named as what they are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,20 +62,22 @@ class Row:
         }
 
 
-def measure_items(
-    items: Sequence[Item], device: torch.device, peak_of: PeakOf, timing: Timing, on_row: Callable[[str], None]
-) -> list[Row]:
-    """Time items one after another, the variants of each in turns.
+def measure_items(items: Sequence[Item], device: torch.device, peak_of: PeakOf, timing: Timing) -> Iterator[list[Row]]:
+    """Time items one after another, the variants of each in turns. Gives the rows of an item as soon as it is timed.
 
     Before its times count, every variant's result is compared with the first's. Peak memory is measured where one
     variant is alone: beside others it would count their weights.
     """
-    rows = []
     for item in items:
+        rows: list[Row] = []
         distances: dict[str, float] = {}
 
         def compare(results: Mapping[str, object], item: Item = item, distances: dict[str, float] = distances) -> None:
-            distances.update(parity(results, item.dtypes, item.name))
+            for name, answer in item.apart.items():
+                pair = {"its own answer": answer(), name: results[name]}
+                distances.update(parity(pair, item.dtypes | {"its own answer": torch.float32}, item.name))
+            together = {name: result for name, result in results.items() if name not in item.apart}
+            distances.update(parity(together, item.dtypes, item.name))
 
         samples = time_in_turns(item.works, device, timing, memory=len(item.works) == 1, on_cold=compare)
         for name, sample in samples.items():
@@ -83,8 +85,7 @@ def measure_items(
             found = ratios(samples, name)
             note = item.notes.get(name, "")
             rows.append(Row(item.name, name, sample, item.flops, bound, distances.get(name), found, note))
-        on_row(item.name)
-    return rows
+        yield rows
 
 
 def ratios(samples: Mapping[str, Samples], name: str) -> dict[str, Interval]:

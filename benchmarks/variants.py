@@ -1,8 +1,7 @@
 """The ways to run one profile that are timed beside each other, and proof that each graph ran the way it says."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +14,13 @@ from ..engine.profile import Profile
 from ..engine.spec import Executable, Feed, GraphSpec
 from ..runtime.backend_eager import EagerExecutable
 from ..runtime.bundle import load_bundle, open_graphs
+from ..runtime.frame_copy import FrameCopier
 from ..runtime.sidecar import dtype_name
 from .backend_compile import CompiledExecutable
 from .models import Models
 
+OpenGraph = Callable[[Graph], Executable]
+Around = Callable[[Executable], Executable]
 SHORT = {dtype: name for name, dtype in EAGER_PRECISIONS.items()}
 
 
@@ -46,16 +48,28 @@ class Witness:
         self._executable.close()
 
 
-class Graphs(Mapping[str, Witness]):
-    """Executables by name, each opened when it is first asked for: a case reads a few of them."""
+class Graphs(Mapping[str, Executable]):
+    """Executables by name, each opened when it is first asked for: a case reads a few of them.
 
-    def __init__(self, graphs: Mapping[str, Graph], open_one: Callable[[Graph], Executable], device: torch.device):
+    `around` is put around every one, outside its witness, which so sees what is captured and not what is replayed.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Graph],
+        open_one: OpenGraph,
+        device: torch.device,
+        around: Around | None = None,
+    ) -> None:
         self._graphs, self._open, self._device = graphs, open_one, device
-        self._opened: dict[str, Witness] = {}
+        self._around = around or (lambda graph: graph)
+        self._witnesses: dict[str, Witness] = {}
+        self._opened: dict[str, Executable] = {}
 
-    def __getitem__(self, name: str) -> Witness:
+    def __getitem__(self, name: str) -> Executable:
         if name not in self._opened:
-            self._opened[name] = Witness(self._open(self._graphs[name]), self._device)
+            self._witnesses[name] = Witness(self._open(self._graphs[name]), self._device)
+            self._opened[name] = self._around(self._witnesses[name])
         return self._opened[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -65,7 +79,12 @@ class Graphs(Mapping[str, Witness]):
         return len(self._graphs)
 
     def opened(self) -> dict[str, Witness]:
-        return dict(self._opened)
+        return dict(self._witnesses)
+
+    def close(self) -> None:
+        """Close what was opened, with what is around it."""
+        for graph in self._opened.values():
+            graph.close()
 
 
 @dataclass
@@ -78,7 +97,7 @@ class Variant:
     profile: Profile
     graphs: Graphs
     digest: str = ""  # of a bundle
-    calls: Counter[str] = field(default_factory=Counter)
+    copier: FrameCopier | None = None  # that takes frames to the host, None for the plain one
 
     def check(self) -> dict[str, str]:
         """The backend of every graph that ran. BundleError for one that ran on another than was asked for."""
@@ -87,8 +106,7 @@ class Variant:
         return {name: graph.backend for name, graph in ran.items()}
 
     def close(self) -> None:
-        for graph in self.graphs.opened().values():
-            graph.close()
+        self.graphs.close()
 
 
 def backend_of(executable: Executable) -> str:
@@ -106,14 +124,19 @@ def check_backends(graphs: Mapping[str, Witness], backend: str) -> None:
             )
 
 
-def eager_variant(models: Models, dtype: torch.dtype, profile: Profile | None = None) -> Variant:
-    """PyTorch as it is, in one dtype; `profile` may differ from the models' in length and window."""
+def eager_variant(
+    models: Models, dtype: torch.dtype, profile: Profile | None = None, around: Around | None = None
+) -> Variant:
+    """PyTorch as it is, in one dtype; `profile` may differ from the models' in length and window.
+
+    `around` is what Graphs puts around each of its executables.
+    """
     profile = profile or models.profile
 
     def open_one(graph: Graph) -> Executable:
         return EagerExecutable(graph, models.module(graph.weights, dtype))
 
-    graphs = Graphs(profile_graphs(profile, dtype), open_one, models.device)
+    graphs = Graphs(profile_graphs(profile, dtype), open_one, models.device, around)
     return Variant(f"eager_{SHORT[dtype]}", "eager", dtype, profile, graphs)
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,6 +23,7 @@ import torch
 
 from swifti2v.benchmarks import cli
 from swifti2v.benchmarks.cli_check import run_checks
+from swifti2v.benchmarks.cli_kernels import words
 from swifti2v.benchmarks.clips import open_session, sample_request
 from swifti2v.benchmarks.clock import Timing, Work, time_in_turns, time_once
 from swifti2v.benchmarks.flops import graph_flops
@@ -33,7 +35,11 @@ from swifti2v.engine.errors import BundleError
 from swifti2v.engine.graphs import profile_graphs
 from swifti2v.engine.presets import get_profile
 from swifti2v.engine.profile import TextConfig
+from swifti2v.kernels.dispatch import Choice, ChoiceTable, Shape
+from swifti2v.kernels.dispatch import Timing as Timed
+from swifti2v.kernels.kernel_table import KernelTable, OpTiming
 from swifti2v.runtime.backend_eager import EagerExecutable
+from swifti2v.runtime.cuda_graphs import CapturedExecutable
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--profile", "tiny", "--dtype", "fp32", "-q")
@@ -138,6 +144,7 @@ def test_lengths_and_their_plot(bench: Bench, tmp_path: Path):
     plot = tmp_path / "plot.png"
     arguments = ("full-sequence", *TINY, "--lengths", "13,17", "--runs", 1, "--warmup", 0, "--plot", plot)
     record = record_of(bench, tmp_path, *arguments)
+    assert record["complete"]
     points = {(point["way"], point["frames"]): point for point in record["lengths"]["points"]}
     assert {(p["segments"], p["window"]) for (way, _), p in points.items() if way == "segments"} == {(1, 4), (2, 5)}
     assert [p["window"] for (way, _), p in points.items() if way == "full-sequence"] == [4, 5]
@@ -145,6 +152,32 @@ def test_lengths_and_their_plot(bench: Bench, tmp_path: Path):
     assert points["full-sequence", 13]["denoise_flops"] == points["segments", 13]["denoise_flops"]
     assert record["lengths"]["growth"].keys() == {"segments", "full-sequence"}
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(bench: Bench, tmp_path: Path):
+    path = tmp_path / "record.json"
+
+    def stop_after_the_first_length() -> None:
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.2)  # the line about it comes after the file
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+
+    watch = threading.Thread(target=stop_after_the_first_length, daemon=True)
+    watch.start()
+    arguments = ("full-sequence", "--profile", "tiny", "--dtype", "fp32", "--lengths", "13,2401", "--denoising")
+    done = bench(*arguments, "--runs", 1, "--warmup", 0, "--json", path)
+    watch.join()
+    assert done.returncode == 143, done.stderr
+    record = json.loads(path.read_text())
+    assert not record["complete"]
+    assert {(point["way"], point["frames"]) for point in record["lengths"]["points"]} == {
+        ("segments", 13),
+        ("full-sequence", 13),
+    }
+    assert re.search(r"full-sequence: 13 frames in \d.* \(segments\), 13 frames in .*: done", done.stderr)
+    assert "marked as not complete" in done.stderr
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -211,6 +244,38 @@ def test_a_bundle_runs_on_its_backend_or_not_at_all(bench: Bench, tmp_path: Path
     done = bench(*arguments, "--backend", "inductor")
     assert done.returncode == 1
     assert re.search(r"got a bundle of eager, want inductor; .*--backend inductor", done.stderr)
+
+
+def test_captured_steps_are_witnessed_inside():
+    """On a CPU nothing can be captured, but the first two calls of a captured graph are plain ones."""
+    models = open_models(get_profile("tiny"), None, torch.device("cpu"))
+    variant = eager_variant(models, torch.float32, around=lambda graph: CapturedExecutable(graph, None))
+    graph = variant.graphs["stage2_time"]
+    feed = {"timesteps": torch.tensor([0.0, 500.0])}
+    graph(feed)
+    assert variant.check() == {"stage2_time": "eager"}
+    variant.close()
+    with pytest.raises(RuntimeError, match="called after close"):
+        graph(feed)
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(bench: Bench):
+    done = bench("clip", *TINY, "--device", "cpu", "--cuda-graphs")
+    assert (done.returncode, "CUDA graphs: got device cpu" in done.stderr) == (3, True)
+
+
+def test_measured_kernels_as_tables(tmp_path: Path):
+    shape, versions = Shape(1, 24, 10560, 17600, 0, 128, "bf16"), {"torch": "2.13"}
+    timings = (Timed("sdpa", (12.0, 12.0), 1e-3), Timed("cudnn", (6.0, 6.0), 1e-3), Timed("flash", refused="no"))
+    attention = ChoiceTable((Choice(shape, "A GPU", versions, timings),))
+    wins = OpTiming("norm", "bf16 1x4", "A GPU", versions, (0.2, 0.2), (0.1, 0.1), 1e-3)
+    loses = OpTiming("modulate", "bf16 1x4", "A GPU", versions, (0.1, 0.1), (0.2, 0.2), 1e-3)
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(KernelTable(attention, (wins, loses)).to_plain()))
+    text = words(KernelTable.from_plain(json.loads(path.read_text())))
+    assert re.search(r"10560 x 17600 +24 +bf16 +cudnn +6 +380.* sdpa 12, flash refused", text), text
+    assert re.search(r"norm +bf16 1x4 +0.2 +0.1 +1e-03 +fused", text), text
+    assert re.search(r"modulate +bf16 1x4 +0.1 +0.2 +1e-03 +eager", text), text
 
 
 def test_a_graph_on_another_backend_is_an_error():
@@ -310,9 +375,20 @@ def test_the_checks_hold_here():
     ]
 
 
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("av", "diffusers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
 def run_device(out: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {
         "PROFILE": "tiny",
+        "SMALL": "tiny",
         "DEVICE": "cpu",
         "DTYPE": "fp32",
         "RUNS": "1",
@@ -324,13 +400,22 @@ def run_device(out: Path, *parts: str, **environment: str) -> subprocess.Complet
 
 
 def test_the_gpu_script_runs_anywhere(tmp_path: Path):
-    done = run_device(tmp_path, "stage2", "nonsense")
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "sitecustomize.py").write_text(WITHOUT)
+    done = run_device(tmp_path / "out", "stage2", "peers", "nonsense", PYTHONPATH=str(without))
     assert done.returncode == 1
-    assert "== stage2: ok" in done.stdout
+    assert "== stage2: ok" in done.stdout, done.stdout
+    assert "== peers: ok" in done.stdout
+    assert "got no diffusers" in done.stdout
     assert "== nonsense: FAILED with 2" in done.stdout
     assert "stage2_next" in done.stdout
-    assert json.loads((tmp_path / "stage2.json").read_text())["case"] == "dit-stage2"
-    assert (tmp_path / "summary.txt").read_text() == done.stdout
+    records = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert {part: (record["case"], record["complete"]) for part, record in records.items()} == {
+        "stage2": ("dit-stage2", True)
+    }
+    assert (tmp_path / "out" / "summary.txt").read_text() == done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.json", "log.txt", "summary.txt"}
 
 
 @pytest.mark.slow
