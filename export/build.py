@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..runtime.backend_cache import keep_folder
 from ..runtime.backend_registry import find_backend
 from ..runtime.backend_weights import Source
 from .builders import Processes, find_builder
+from .failure import compiling
 from .job import Job
 from .keys import GraphKey, graph_keys
 from .parity import parity_error
@@ -57,9 +59,10 @@ def build_bundle(
     """Compile the graphs of a source into the bundle `out`; `names` None are all of them.
 
     A bundle that is there already is replaced when the new one is whole; graphs in it that were not asked for stay
-    where they still fit. `archs` are for backends that build for other machines; `jobs` graphs are compiled at once
-    where that is the work of other processes. Graphs are taken from the bundles `reuse` where their key is equal and
-    their files are whole. NumericsError for a graph that does not compute what eager does.
+    where they still fit. `archs` are for backends that build for other machines; with `inductor`, this GPU's makes a
+    bundle for it. `jobs` graphs are compiled at once where that is the work of other processes. Graphs are taken from
+    the bundles `reuse` where their key is equal and their files are whole. CompileError for a graph that the compiler
+    fails on, NumericsError for one that does not compute what eager does.
     """
     target = make_target(source, backend, archs)
     graphs = profile_graphs(source.profile, PRECISIONS[source.precision])
@@ -131,14 +134,19 @@ class _Work:
         self.folder.mkdir()
         precision, device, archs = self.source.precision, self.source.device, self.target.archs
         job = Job(self.graph, self.module, self.key.weights, precision, device, archs, self.keep)
-        self._steps = find_builder(self.target.backend).build(job, self.folder)
-        self._process = None if self._steps is None else next(self._steps, None)
+        with self._compiling():
+            self._steps = find_builder(self.target.backend).build(job, self.folder)
+            self._process = None if self._steps is None else next(self._steps, None)
 
     def is_done(self) -> bool:
         """Whether nothing is left to wait for; starts the next process where one has ended."""
         while self._steps is not None and self._process is not None and self._process.poll() is not None:
-            self._process = next(self._steps, None)
+            with self._compiling():
+                self._process = next(self._steps, None)
         return self._process is None
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        return compiling(self.name, self.target.backend, self.part / f"{self.name}.log")
 
     def stop(self) -> None:
         """End the process that is at work, if any."""
@@ -148,7 +156,7 @@ class _Work:
     def finish(self) -> GraphRecord:
         """Run it beside eager where it can run here, and put its artifacts into the bundle."""
         files = tuple(sorted(self.folder.iterdir()))
-        device = run_device(self.target, self.source.device)
+        device = run_device(self.target)
         error = None
         if device is not None:
             error = self._parity(files, device)

@@ -24,7 +24,7 @@ class Builder:
 
     build: Callable[[Job, Path], Processes | None]
     built_with: Callable[[], dict[str, str]]
-    for_gpu: bool = False  # artifacts run on a GPU, wherever they are built
+    devices: tuple[str, ...] = ("cpu",)  # the kinds that artifacts are built for, the usual one first
     archs: Callable[[Sequence[str], str], tuple[str, ...]] | None = None  # checks those that it builds for from afar
     precisions: tuple[Precision, ...] = ()  # of a builder for other machines; else those the backend has here
     fp8: bool = False  # whether it also builds in that, whatever precisions the backend has beside it
@@ -35,13 +35,19 @@ RTX, TENSORRT = TensorRTBuilder("tensorrt_rtx"), TensorRTBuilder("tensorrt")
 
 BUILDERS = {
     "eager": Builder(eager.build, eager.built_with),
-    "inductor": Builder(inductor.build, inductor.built_with),
+    "inductor": Builder(inductor.build, inductor.built_with, ("cpu", "cuda")),
     "onnxruntime": Builder(onnxruntime.build, onnxruntime.built_with),
-    "tensorrt": Builder(TENSORRT.build, TENSORRT.built_with, True, fp8=True, process_memory=builder_memory),
+    "tensorrt": Builder(TENSORRT.build, TENSORRT.built_with, ("cuda",), fp8=True, process_memory=builder_memory),
     "tensorrt-rtx": Builder(
-        RTX.build, RTX.built_with, True, rtx_archs, ("bf16", "fp16", "fp32"), fp8=True, process_memory=builder_memory
+        RTX.build,
+        RTX.built_with,
+        ("cuda",),
+        rtx_archs,
+        ("bf16", "fp16", "fp32"),
+        fp8=True,
+        process_memory=builder_memory,
     ),
-    "torch-tensorrt": Builder(torch_tensorrt.build, torch_tensorrt.built_with, True),
+    "torch-tensorrt": Builder(torch_tensorrt.build, torch_tensorrt.built_with, ("cuda",)),
 }
 
 

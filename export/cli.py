@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from .calibration import quantise_as, quantise_source
 from .cli_progress import show_build
 from .part_folder import check_out
 from .plan import Plan, plan_build, shape_words
-from .target import Target, make_target, pick_precision
+from .target import Target, archs_here, make_target, pick_device, pick_precision
 from .verify import verify_graphs
 
 OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
@@ -55,6 +54,7 @@ def weights_options(command: Callable) -> Callable:
 @weights_options
 @click.option("--backend", type=click.Choice(list(BUILDERS)), help="What to compile with.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="What the backend is best in, if none.")
+@click.option("--device", "kind", type=click.Choice(["cpu", "cuda"]), help="What to compile for, where both can be.")
 @click.option("--arch", help="What to compile for, such as sm89,sm120, where the backend can; this machine if none.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Graphs compiled at once.")
 @click.option("--graphs", help="Only these graphs, separated by commas.")
@@ -70,6 +70,7 @@ def cli(
     size: str | None,
     backend: str | None,
     precision: Precision | None,
+    kind: str | None,
     arch: str | None,
     jobs: int,
     graphs: str | None,
@@ -90,9 +91,10 @@ def cli(
         raise click.UsageError(f"--backend: got none, want one of {', '.join(BUILDERS)}")
     numbers = {name: rest[name] for name in ("frames", "noisy", "neighbours")}
     profile = get_profile(profile_name).override(**numbers, size=None if size is None else _size(size))
-    device = torch.device("cpu")
-    chosen = pick_precision(backend, precision, device)
     names, archs = None if graphs is None else _listed(graphs), _listed(arch or "")
+    device = pick_device(backend, kind, archs)
+    chosen = pick_precision(backend, precision, device)
+    archs = archs or archs_here(backend, device)
     if jobs > 1 and find_builder(backend).process_memory is None:
         raise click.UsageError(f"--jobs: got {jobs}, want 1 for {backend}, which compiles in this process")
     if dry_run:
@@ -104,7 +106,7 @@ def cli(
         read_bundle(path)  # refused before the work, and not passed over
     cache = cache_folder(os.environ)
     single = make_paths(rest, rest["loras"])
-    source = open_source(profile, _folder(rest), chosen, device, cache, single)
+    source = open_source(profile, _folder(rest), chosen, "cpu", cache, single)  # a GPU gets what it needs at a time
     out = output or default_place(cache, source, make_target(source, backend, archs))
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     if chosen == "fp8":

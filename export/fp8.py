@@ -61,6 +61,11 @@ def block_linears(dit: DiT) -> dict[str, nn.Linear]:
     return {name: cast(nn.Linear, dit.get_submodule(name)) for name in names}
 
 
+def narrow_bytes(weight: Tensor) -> int:
+    """Bytes of an FP8 layer's weight [out, in] that is of another dtype now, and of the scales that belong to it."""
+    return weight.numel() + (weight.shape[0] + 1) * weight.itemsize  # one for each output channel, one for the input
+
+
 def quantise(dit: DiT, scales: Mapping[str, float]) -> None:
     """Put FP8 layers in the place of the blocks' linear ones, whose weights go: a second copy may not fit into memory.
 

@@ -1,4 +1,7 @@
-"""AOTInductor packages: torch.export, attention in its fastest form, weights frozen into the code."""
+"""AOTInductor packages: torch.export, attention in its fastest form, weights frozen into the code on a CPU.
+
+Nobody has compiled one for a GPU yet.
+"""
 
 import shutil
 import warnings
@@ -7,31 +10,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..engine.errors import EnvironmentMismatch
-from ..runtime.backend_inductor import memory_format
+from ..runtime.backend_gpu import gpu_index
+from ..runtime.backend_inductor import PACKAGE, WEIGHTS, load_package, memory_format
+from .failure import CompileError
 from .job import Job
 
 # Without the first, weights are not prepacked; without the second, the thread count of the build would be built in.
-CONFIG = {"freezing": True, "cpp.dynamic_threads": True}
+FOR_CPU: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
+# Weights stay outside, for several graphs to share. What the CPU does is launch kernels: any of its family may.
+FOR_GPU: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "cpp.march": "", "cpp.simdlen": 1}
+
+Table = dict[torch._ops.OperatorBase, Callable[..., Any]]
 
 
 def build(job: Job, folder: Path) -> None:
-    """Write model.pt2."""
+    """Write model.pt2; for a GPU, which must be here, also weights.safetensors."""
     _require_compiler()
+    device = job.target
+    job.weights.to(device)
+    try:
+        if device.type == "cpu":
+            compile_package(job, folder, FOR_CPU, decompositions(torch.cpu.get_capabilities().get("amx_tile") is True))
+        else:  # torch chooses among its own kernels for attention there
+            program = compile_package(job, folder, FOR_GPU, torch.export.default_decompositions())
+            save_weights(program, folder, gpu_index(device))
+    finally:
+        job.weights.to(job.device)
+
+
+def compile_package(job: Job, folder: Path, config: dict[str, Any], table: Table) -> torch.export.ExportedProgram:
+    """Write model.pt2 for the device that the weights are on. The program has the weights under a package's names."""
     spec = job.graph.spec
     inputs = tuple(
-        value.contiguous(memory_format=memory_format(spec, tensor))
+        value.to(job.target).contiguous(memory_format=memory_format(spec, tensor))
         for value, tensor in zip(job.inputs(), spec.inputs, strict=True)
     )
     with torch.no_grad(), warnings.catch_warnings():  # inference mode does not go through the compiler
         warnings.simplefilter("ignore")  # torch's remarks on itself
-        program = torch.export.export(job.module(), inputs, strict=False)
-        table = decompositions(torch.cpu.get_capabilities().get("amx_tile") is True)
-        torch._inductor.aoti_compile_and_package(
-            program.run_decompositions(table), package_path=str(folder / "model.pt2"), inductor_configs=CONFIG
-        )
+        program = torch.export.export(job.module(), inputs, strict=False).run_decompositions(table)
+        path = str(folder / PACKAGE)
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
+    return program
+
+
+def save_weights(program: torch.export.ExportedProgram, folder: Path, device: torch.device) -> None:
+    """Write those that the package reads and does not hold. Graphs that read the same ones get the same bytes."""
+    package = load_package(folder / PACKAGE, device)
+    known: dict[str, Any] = {**program.constants, **program.state_dict}
+    names = sorted(package.get_constant_fqns())
+    lost = [name for name in names if not isinstance(known.get(name), Tensor)]
+    if lost:
+        raise CompileError(f"{folder.name}: got constants of the compiler's own ({lost[0]}), want weights; report it")
+    save_file({name: known[name].detach().cpu().contiguous() for name in names}, folder / WEIGHTS)
 
 
 def built_with() -> dict[str, str]:
@@ -39,7 +73,7 @@ def built_with() -> dict[str, str]:
     return {}
 
 
-def decompositions(amx: bool) -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
+def decompositions(amx: bool) -> Table:
     """How operations are taken apart for Inductor, on a CPU with or without AMX.
 
     With it torch's own attention is 1.1 to 4 times as fast as what Inductor makes of the formula; without, it was

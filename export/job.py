@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..engine.graphs import Graph
 from ..engine.manifest import Precision
+from ..runtime.backend_gpu import arch_device
 from .parity import sample_feed
 
 
@@ -20,8 +21,13 @@ class Job:
     sha256: str  # of the weights
     precision: Precision
     device: torch.device  # where the weights are
-    archs: tuple[str, ...] = ()  # what to compile for, such as sm89
+    archs: tuple[str, ...] = ()  # what to compile for, such as sm89; none for the weights' device
     keep: Path | None = None  # a folder for what makes later builds faster
+
+    @property
+    def target(self) -> torch.device:
+        """The kind of device that artifacts run on."""
+        return arch_device(self.archs[0]) if self.archs else self.device
 
     def module(self) -> nn.Module:
         """The eager module, which leaves donated inputs alone."""

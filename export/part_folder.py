@@ -92,6 +92,7 @@ def finish(part: Path, out: Path, manifest: Manifest) -> Bundle:
     for path in part.iterdir():
         if path.name not in (*manifest.graphs, RECORDS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _link_twins(part, manifest)
     write_manifest(part, manifest)
     written = read_bundle(part).manifest
     shutil.rmtree(part / RECORDS)
@@ -110,6 +111,19 @@ def _take_in(part: Path, work: Path, record: GraphRecord) -> None:
     (part / RECORDS / f"{record.spec.name}.json").unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
+
+
+def _link_twins(part: Path, manifest: Manifest) -> None:
+    """Keep files that graphs have in common, as weights are, once on the disk, where the file system can do that."""
+    seen: dict[str, Path] = {}
+    for artifact in (artifact for record in manifest.graphs.values() for artifact in record.artifacts):
+        file = part / artifact.path
+        twin = seen.setdefault(artifact.sha256, file)
+        if twin is not file and not twin.samefile(file):
+            spare = file.with_name(file.name + PART)
+            with suppress(OSError):
+                os.link(twin, spare)
+                spare.replace(file)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..engine.dit import DiT
 from ..engine.graphs import profile_graphs
 from ..engine.manifest import PRECISIONS, Precision
 from ..engine.profile import Profile
 from ..engine.spec import GraphSpec, TensorSpec
 from .build import pick_graphs
 from .builders import find_builder
+from .fp8 import block_linears, narrow_bytes
 from .onnx_pieces import piece_count
 from .reads import meta_modules, read_parameters
 
@@ -49,7 +51,11 @@ def plan_build(
     planned = []
     for name in pick_graphs(graphs, names):
         graph = graphs[name]
-        size = sum(tensor.nbytes for tensor in read_parameters(graph, modules[graph.weights]).values())
+        module = modules[graph.weights]
+        in_fp8 = block_linears(module) if precision == "fp8" and isinstance(module, DiT) else ()
+        narrow = {f"{name}.weight" for name in in_fp8}
+        read = read_parameters(graph, module).items()
+        size = sum(narrow_bytes(tensor) if name in narrow else tensor.nbytes for name, tensor in read)
         pieces = 1 if builder.process_memory is None else piece_count(size)
         planned.append(PlannedGraph(graph.spec, graph.weights, size, pieces))
     loaded = sum(tensor.nbytes for module in modules.values() for tensor in module.parameters())

@@ -7,6 +7,7 @@ import torch
 
 from ..engine.errors import EnvironmentMismatch, ProfileError
 from ..engine.manifest import Precision
+from ..runtime.backend_gpu import arch_device
 from ..runtime.backend_registry import find_backend, versions_here
 from ..runtime.backend_weights import Source
 from .builders import find_builder
@@ -36,7 +37,7 @@ def make_target(source: Source, backend: str, archs: Sequence[str] = ()) -> Targ
     if source.precision == "fp8" and not builder.fp8:
         raise ProfileError(f"precision: got fp8 for {backend}, want one that it builds in; pass another --precision")
     built_with, versions = builder.built_with(), versions_here(backend)
-    device = target_device(backend, source.device)
+    device = target_device(backend, source.device, archs)
     if builder.archs is None:
         here = found.arch(device)
         if archs and tuple(archs) != (here,):
@@ -54,17 +55,42 @@ def make_target(source: Source, backend: str, archs: Sequence[str] = ()) -> Targ
     return Target(backend, ",".join(checked), versions, built_with)
 
 
-def target_device(backend: str, device: torch.device) -> torch.device:
-    """The kind of device that artifacts run on; `device` is where the weights are while they are built."""
-    return torch.device("cuda") if find_builder(backend).for_gpu else device
+def target_device(backend: str, device: torch.device, archs: Sequence[str] = ()) -> torch.device:
+    """The kind of device that artifacts run on: what the architectures are of, where the backend builds for it.
+
+    Without them it is `device`, where the weights are while they are built, or else the backend's usual one.
+    """
+    devices = find_builder(backend).devices
+    wanted = arch_device(archs[0]) if archs else device
+    return wanted if wanted.type in devices else torch.device(devices[0])
 
 
-def run_device(target: Target, device: torch.device) -> torch.device | None:
+def run_device(target: Target) -> torch.device | None:
     """Where artifacts can be run here, to compare them with eager; None if this machine is not one of theirs."""
-    device = target_device(target.backend, device)
+    device = arch_device(target.arch)
     if device.type == "cuda" and not torch.cuda.is_available():
         return None
     return device if find_backend(target.backend).arch(device) in target.archs else None
+
+
+def pick_device(backend: str, asked: str | None, archs: Sequence[str]) -> torch.device:
+    """The kind of device to build for: the one asked for, if the backend builds for it, else that of `archs`."""
+    device = target_device(backend, torch.device("cpu"), archs) if asked is None else torch.device(asked)
+    devices = find_builder(backend).devices
+    if device.type not in devices:
+        raise ProfileError(
+            f"device: got {device.type} for {backend}, want {' or '.join(devices)}; pass another --device or --backend"
+        )
+    other = [arch for arch in archs if arch_device(arch) != device]
+    if asked is not None and other:
+        raise ProfileError(f"arch: got {other[0]} for {device.type}, want one of its own; leave out --arch or --device")
+    return device
+
+
+def archs_here(backend: str, device: torch.device) -> list[str]:
+    """What has to be said to build for a GPU that is here; nothing where the backend knows, or asks."""
+    builder = find_builder(backend)
+    return [find_backend(backend).arch(device)] if device.type == "cuda" and "cpu" in builder.devices else []
 
 
 def pick_precision(backend: str, asked: Precision | None, device: torch.device) -> Precision:

@@ -14,10 +14,11 @@ import torch
 
 from ..engine import errors
 from ..engine.dit import DiT
-from ..engine.errors import BundleError, EnvironmentMismatch, ProfileError, SpecError, SwiftError
+from ..engine.errors import EnvironmentMismatch, ProfileError, SpecError, SwiftError
 from ..engine.graphs import StepGraph
 from ..engine.manifest import Precision, write_text
 from ..engine.plain import to_plain
+from .failure import CompileError
 from .fp8 import SCALES, input_scales
 from .job import Job
 from .memory import check_memory
@@ -130,11 +131,11 @@ def _process_error(job: EngineJob, code: int, reply: str, log: str) -> SwiftErro
     """What the process refused with, or how it ended."""
     try:
         plain = json.loads(reply.strip().splitlines()[-1])
-        kind = getattr(errors, plain["kind"])
+        kind = CompileError if plain["kind"] == CompileError.__name__ else getattr(errors, plain["kind"])
         return kind(plain["error"])
     except (ValueError, LookupError, AttributeError):
         last = (log.strip().splitlines() or ["it said nothing"])[-1][:300]
         killed = "was killed, perhaps for want of memory" if code == -9 else f"ended with exit code {code}"
-        return BundleError(
+        return CompileError(
             f"{job.name}: got a builder that {killed} ({last}), want an engine; lower --jobs, or report it"
         )

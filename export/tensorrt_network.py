@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import BundleError, EnvironmentMismatch
+from ..engine.errors import EnvironmentMismatch
 from ..engine.manifest import Precision, write_text
 from ..engine.plain import to_plain
 from ..runtime.backend_tensorrt import make_logger, require_tensorrt
+from .failure import CompileError
 from .tensorrt_layers import NODE, Wanted, find_faults, read_layers, summarise
 
 LARGEST_HEAD = 256  # fused attention has no kernels for wider ones, nor for fp32, nor for one head of a batch of one
@@ -38,7 +39,7 @@ class EngineJob:
 
 
 def build_engine(job: EngineJob) -> None:
-    """Write the engine and its layers. BundleError for what TensorRT refuses or does not compile as it should."""
+    """Write the engine and its layers. CompileError for what TensorRT refuses or does not compile as it should."""
     trt = require_tensorrt(job.package)
     messages: list[str] = []
     errors: list[str] = []
@@ -55,7 +56,7 @@ def build_engine(job: EngineJob) -> None:
     narrow = ("fp8", "bf16") if job.precision == "fp8" else (job.precision,)
     wide = sorted({f"{want.node} in {want.dtype}" for want in wanted if want.dtype not in narrow})
     if wide:
-        raise BundleError(f"{job.name}: got {', '.join(wide[:3])} in the network, want {job.precision}; report it")
+        raise CompileError(f"{job.name}: got {', '.join(wide[:3])} in the network, want {job.precision}; report it")
     config = _configure(trt, builder, job)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -63,7 +64,7 @@ def build_engine(job: EngineJob) -> None:
     layers = read_layers(messages)
     faults = find_faults(layers, wanted)
     if faults:
-        raise BundleError(
+        raise CompileError(
             f"{job.name}: {faults[0]} ({len(faults)} of {len(wanted)} nodes are not as they should be); "
             f"use a version of {job.package} that is known to do it, or report it"
         )
@@ -161,6 +162,6 @@ def _keep_timing(config: Any, job: EngineJob) -> None:
         part.replace(path)
 
 
-def _refused(job: EngineJob, said: str) -> BundleError:
+def _refused(job: EngineJob, said: str) -> CompileError:
     text = " ".join(said.split())[:400]
-    return BundleError(f"{job.name}: got '{text}' from {job.package}, want an engine; report it")
+    return CompileError(f"{job.name}: got '{text}' from {job.package}, want an engine; report it")

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.errors import BundleError, EnvironmentMismatch, NumericsError, SpecError
+from ..engine.errors import BundleError, EnvironmentMismatch, NumericsError
 from ..engine.graphs import Graph
 from ..engine.manifest import Precision
 from ..engine.spec import Executable, Feed, GraphSpec, check_feed
 from .backend_cache import keep_folder
+from .backend_gpu import aligned, check_device, gpu_arch, gpu_index, gpu_precisions
 from .backend_names import output_names
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-ALIGNED = 256  # bytes that tensors must begin at a multiple of
 DTYPES = {
     "BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32, "INT64": torch.int64, "BOOL": torch.bool
 }  # fmt: skip
@@ -36,23 +36,14 @@ class TensorRTBackend:
     package: str
 
     def precisions(self, device: torch.device) -> tuple[Precision, ...]:
-        """None without a GPU. GPUs before Ampere have no bf16."""
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return ()
-        return ("bf16", "fp16", "fp32") if torch.cuda.get_device_capability(device)[0] >= 8 else ("fp16", "fp32")
+        return gpu_precisions(device)
 
     def versions(self) -> dict[str, str]:
         return {self.package: require_tensorrt(self.package).__version__}
 
     def arch(self, device: torch.device) -> str:
         """The compute capability, such as sm89. EnvironmentMismatch where there is no GPU."""
-        if device.type != "cuda" or not torch.cuda.is_available():
-            seen = "a PyTorch without CUDA" if torch.version.cuda is None else "no GPU that PyTorch sees"
-            raise EnvironmentMismatch(
-                f"{EXTRAS[self.package]} on {device.type}: got {seen}, want an NVIDIA GPU to run it on; "
-                "use another backend here"
-            )
-        return f"sm{''.join(map(str, torch.cuda.get_device_capability(device)))}"
+        return gpu_arch(EXTRAS[self.package], device)
 
     def open_graph(
         self,
@@ -160,7 +151,7 @@ class TensorRTExecutable:
 
     def __init__(self, trt: Any, spec: GraphSpec, files: list[Path], device: torch.device) -> None:
         self.spec = spec
-        self._device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self._device = gpu_index(device)
         self._outputs = output_names(spec)
         errors: list[str] = []
         logger = make_logger(trt, lambda severity, text: errors.append(text) if severity <= trt.ILogger.ERROR else None)
@@ -173,12 +164,8 @@ class TensorRTExecutable:
         check_feed(self.spec, feed)
         if not self._engines:
             raise RuntimeError(f"{self.spec.name}: called after close()")
-        for name, tensor in feed.items():
-            if tensor.device != self._device:
-                raise SpecError(
-                    f"{self.spec.name}.{name}: got a tensor on {tensor.device}, want {self._device}; move it there"
-                )
-        tensors = {name: _bindable(tensor) for name, tensor in feed.items()}
+        check_device(self.spec, feed, self._device)
+        tensors = {name: aligned(tensor.contiguous()) for name, tensor in feed.items()}
         last = {name: index for index, engine in enumerate(self._engines) for name in engine.inputs}
         with torch.cuda.device(self._device):
             for index, engine in enumerate(self._engines):
@@ -192,12 +179,6 @@ class TensorRTExecutable:
         for engine in self._engines:
             engine.close()
         self._engines = []
-
-
-def _bindable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where an engine could not read it as it lies."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()
 
 
 def _check_engines(engines: list[Engine], spec: GraphSpec, files: list[Path]) -> None:

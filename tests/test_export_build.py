@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from swifti2v.engine.errors import BundleError, EnvironmentMismatch, NumericsError, ProfileError
 from swifti2v.engine.graphs import profile_graphs
-from swifti2v.engine.manifest import MANIFEST, check_artifacts, read_bundle
+from swifti2v.engine.manifest import MANIFEST, Artifact, check_artifacts, read_bundle, sha256_of
 from swifti2v.engine.profile import Profile
 from swifti2v.engine.weights import FILE_NAME
 from swifti2v.export.build import BuildProgress, build_bundle
 from swifti2v.export.builders import BUILDERS
+from swifti2v.export.failure import CompileError, compiling
 from swifti2v.export.parity import parity_error, sample_feed
+from swifti2v.export.part_folder import finish
 from swifti2v.export.plan import plan_build
 from swifti2v.export.target import pick_precision
 from swifti2v.runtime.backend_eager import EagerExecutable
@@ -182,6 +185,55 @@ def test_feeds_are_the_same_every_time(tiny: Profile):
         one, other = sample_feed(graph.spec), sample_feed(graph.spec)
         assert all(one[name].equal(other[name]) for name in one)
         assert not sample_feed(graph.spec, seed=1)[graph.spec.inputs[0].name].equal(one[graph.spec.inputs[0].name])
+
+
+def test_a_compiler_that_fails_says_so_in_one_line(source: Source, tmp_path: Path):
+    """Real failures of a real compiler: a layer that looks at the values of its input."""
+    pytest.importorskip("onnxscript")
+    out, part = tmp_path / "b", tmp_path / "b.part"
+    layer = source.modules["stage2"].get_submodule("text_embedding.0")
+    hook = layer.register_forward_hook(lambda _layer, _given, made: made if made.sum().item() > 0 else -made)
+    text = refused(
+        lambda: build_bundle(source, "onnxruntime", out, ["stage1_time", "stage2_text"]),
+        "stage2_text: got ", " from onnxruntime (", f"see {part / 'stage2_text.log'}", kind=CompileError,
+    )  # fmt: skip
+    assert "\n" not in text
+    assert "Traceback" in (part / "stage2_text.log").read_text()
+    hook.remove()
+    assert kept(source, out, ["stage1_time", "stage2_text"], "onnxruntime") == ["stage1_time"]
+    assert [path.name for path in out.iterdir() if path.suffix == ".log"] == []
+
+
+def test_of_what_a_compiler_says_the_first_error_is_shown(tmp_path: Path):
+    def fail(error: Exception) -> None:
+        with compiling("decode_next", "inductor", tmp_path / "log"):
+            raise error
+
+    said = "C++ compile error\n\nCommand:\ng++ " + "x " * 300 + "\nOutput:\nmain.cpp:3:1: error: no member\n"
+    refused(lambda: fail(RuntimeError(said)), "got RuntimeError from inductor (main.cpp:3:1: error: no member)")
+    assert said.splitlines()[3] in (tmp_path / "log").read_text()
+    refused(lambda: fail(AssertionError()), "got AssertionError from inductor (it said nothing)", kind=CompileError)
+    with pytest.raises(OSError, match="full"):
+        fail(OSError("the disk is full"))
+    refused(lambda: fail(BundleError("a: got b, want c; d")), "a: got b", kind=BundleError)
+
+
+def test_files_that_graphs_have_in_common_are_kept_once(source: Source, tmp_path: Path):
+    bundle = build_bundle(source, "eager", tmp_path / "b", FIRST)
+    records = {}
+    for name, record in bundle.manifest.graphs.items():
+        file = bundle.folder / name / "weights"
+        file.write_text("one" if name == FIRST[0] else "two")
+        artifact = Artifact(f"{name}/weights", 3, sha256_of(file))
+        records[name] = replace(record, artifacts=(*record.artifacts, artifact))
+    part = bundle.folder.rename(tmp_path / "c.part")
+    (part / "finished").mkdir()
+    made = finish(part, tmp_path / "c", replace(bundle.manifest, graphs=records))
+    check_artifacts(made)
+    one, two, three = (made.folder / name / "weights" for name in FIRST)
+    assert two.samefile(three)
+    assert not one.samefile(two)
+    assert not list(made.folder.rglob("*.part"))
 
 
 def test_names_are_checked(source: Source, tmp_path: Path):

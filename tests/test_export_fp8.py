@@ -217,6 +217,24 @@ def test_scales_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     refused(lambda: quantise_source(third, cache=tmp_path), str(kept), "want scales above 0")
 
 
+def test_a_dry_run_counts_eight_bits(tmp_path: Path):
+    """Against what quantising makes: the weights of FP8 layers, their scales, and all else as in bf16."""
+    sizes = {}
+    for precision in ("bf16", "fp8"):
+        line = ("--profile", "tiny", "--backend", "tensorrt-rtx", "--precision", precision, "--dry-run", "--json")
+        ran = command("swifti2v-export", *line, cache=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        sizes[precision] = {name: graph["bytes"] for name, graph in json.loads(ran.stdout)["result"]["graphs"].items()}
+    dit = cast(DiT, open_source(get_profile("tiny"), precision="fp8").modules["stage2"])
+    wide = sum(linear.weight.nbytes for linear in block_linears(dit).values())
+    quantise(dit, dict.fromkeys(block_linears(dit), 1.0))
+    layers = [layer for layer in dit.modules() if isinstance(layer, Fp8Linear)]
+    narrow = sum(tensor.nbytes for layer in layers for tensor in layer.buffers())
+    saved = {name: sizes["bf16"][name] - sizes["fp8"][name] for name in sizes["bf16"]}
+    assert saved["stage2_first"] == saved["stage2_next"] == wide - narrow > 0.4 * wide
+    assert {name for name in saved if saved[name]} == {"stage1_step", "stage2_first", "stage2_next"}
+
+
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path):
     source = open_source(get_profile("tiny"), precision="fp8")
     graph, dit = profile_graphs(source.profile, BF16)["stage2_next"], cast(DiT, source.modules["stage2"])

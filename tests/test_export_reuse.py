@@ -165,6 +165,24 @@ def test_a_run_with_a_lora_takes_the_bundle_with_it_or_none(
     assert command("swifti2v-export", "verify", made, "--weights", models, cache=cache).returncode == 1
 
 
+def test_what_repairs_a_bundle_of_given_weights_asks_for_loras_again(
+    tiny: Profile, trained: tuple[Path, Bundle], tmp_path: Path
+):
+    """It may have some: a bundle has their hashes, and neither paths nor strengths."""
+    models, base = trained
+    paths, folder = find_models(tiny, models), shutil.copytree(base.folder, tmp_path / "b")
+    change(folder, versions={**base.manifest.versions, "torch": "2.0.0"})
+    text = refused(lambda: load_bundle(folder, paths=paths), "torch: got a bundle built with 2.0.0")
+    assert text.endswith(
+        f"--weights DIR --backend eager --precision fp32 -o {folder} with your --weights and --lora options"
+    )
+    lora = write_lora(tmp_path / "l.safetensors", "blocks.0.self_attn.q")
+    merged = replace(paths, loras={"stage2": ((lora, 0.5),)})
+    refused(
+        lambda: load_bundle(base.folder, paths=merged), "use the weights and LoRAs it was built from, or run", "--lora"
+    )
+
+
 def test_a_lora_is_not_passed_over_where_a_bundle_needs_no_weights(trained: tuple[Path, Bundle], tmp_path: Path):
     models, base = trained
     folder = shutil.copytree(base.folder, tmp_path / "b")

@@ -11,12 +11,13 @@ import torch
 from bundles import command, refused
 from test_graphs import variants
 
-from swifti2v.engine.errors import BundleError, EnvironmentMismatch, ProfileError
+from swifti2v.engine.errors import EnvironmentMismatch, ProfileError
 from swifti2v.engine.graphs import profile_graphs
 from swifti2v.engine.manifest import PRECISIONS, Precision, read_bundle
 from swifti2v.engine.presets import get_profile
 from swifti2v.engine.spec import GraphSpec
 from swifti2v.export.build import build_bundle
+from swifti2v.export.failure import CompileError
 from swifti2v.export.job import Job
 from swifti2v.export.onnx_file import write_onnx
 from swifti2v.export.plan import plan_build
@@ -220,11 +221,11 @@ def test_a_process_that_ends_says_why(tmp_path: Path):
                 process.kill()
             process.wait()
 
-    refused(lambda: wait(job), "graph: got '", "from tensorrt_rtx", kind=BundleError)
-    refused(lambda: wait(job, kill=True), "was killed", "--jobs", kind=BundleError)
+    refused(lambda: wait(job), "graph: got '", "from tensorrt_rtx", kind=CompileError)
+    refused(lambda: wait(job, kill=True), "was killed", "--jobs", kind=CompileError)
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     bad = EngineJob("tensorrt_rtx", "graph", str(tmp_path / "bad.onnx"), "e", "l", ("sm89",), "bf16", "")
-    refused(lambda: build_engine(bad), "want an engine", kind=BundleError)
+    refused(lambda: build_engine(bad), "want an engine", kind=CompileError)
 
 
 def test_a_build_that_stops_ends_its_processes(tmp_path: Path):
@@ -280,7 +281,7 @@ def test_the_precision_asked_for_is_checked(sources: dict, tmp_path: Path):
     source = open_source(get_profile("tiny"), precision="bf16")
     graph = profile_graphs(source.profile, torch.bfloat16)["stage2_text"]
     job = engine_job(Job(graph, source.modules["stage2"], "", "bf16", CPU), tmp_path, "fp16")
-    refused(lambda: build_engine(job), "in bf16", "want fp16", kind=BundleError)
+    refused(lambda: build_engine(job), "in bf16", "want fp16", kind=CompileError)
     assert not Path(job.engine).exists()
 
 
