@@ -31,7 +31,7 @@ demo: setup
 PHOTOS ?= build/photos
 TRAIN_FLAGS ?= --threads 1 --compile
 train-nano: setup-dev
-	for phase in vae1 vae2 vae2-decoder stage1 stage2-true stage2; do \
+	for phase in vae1-short vae1 vae2-short vae2 vae2-decoder stage1 stage2; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
 	mkdir -p weights/nano/vae2

@@ -14,7 +14,6 @@ from .segments import plan_segments
 Context = Literal["both", "one-way"]
 Positions = Literal["absolute", "window"]
 Stage2Init = Literal["noise", "reference"]
-Prediction = Literal["velocity", "sample"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,8 @@ class DiTConfig:
     image_dim: int = 0  # width of the CLIP features; 0 = no image cross-attention
     image_tokens: int = 257
     eps: float = 1e-6
-    prediction: Prediction = "velocity"  # `sample`: the clean latents, less the reference where it reads one
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise ProfileError(
-                f"DiT prediction: got {self.prediction!r}, want one of {', '.join(get_args(Prediction))}"
-            )
         if self.dim % self.heads or self.head_dim % 2:
             raise ProfileError(
                 f"DiT heads: got {self.heads} for dim {self.dim}, want an even whole head size; change heads"
@@ -64,7 +58,6 @@ class VAEConfig:
     temporal: tuple[bool, ...] = (False, True, True)  # which down-samplings of the encoder also halve time
     patch: int = 1
     residual: bool = False
-    linear: bool = False  # a linear map between the pixels and the channels of a cell, beside the network
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.latent_channels:

@@ -1,6 +1,6 @@
 """Flow matching: the schedule, the noise and the Euler sampler, as free functions.
 
-x_t = (1 - sigma) x_0 + sigma noise; the model gives v = noise - x_0, or x_0, and is told the timestep 1000 sigma.
+x_t = (1 - sigma) x_0 + sigma noise; the model gives v = noise - x_0 and is told the timestep 1000 sigma.
 """
 
 import hashlib
@@ -55,11 +55,6 @@ def block_noise(seed: int, stage: int, blocks: Sequence[int], shape: Sequence[in
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         drawn.append(torch.randn(tuple(shape), generator=generator))
     return torch.stack(drawn, dim=1).unsqueeze(0)  # len(blocks) x [C, H, W] -> [1, C, len(blocks), H, W]
-
-
-def sample_velocity(output: Tensor, base: Tensor | float, x: Tensor, sigma: Tensor | float) -> Tensor:
-    """The velocity at x of a model whose output, added to `base`, is the clean latents. All of x's shape."""
-    return (x - base - output) / sigma
 
 
 def euler_sample(

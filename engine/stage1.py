@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .calls import Executables, guided_velocity, stream_call, window_feed
 from .profile import Profile
-from .sampler import euler_sample, sample_velocity
+from .sampler import euler_sample
 from .state import Conditions
 from .vae_layers import VaeCache
 
@@ -55,7 +55,6 @@ def run_stage1(
     """
     blocks = range(profile.blocks)
     clean = 0 if profile.image_channels else 1
-    predicts_sample = profile.stage1.dit.prediction == "sample"
     experts = [graphs[f"{expert_of(profile, sigma)}_step"] for sigma in sigmas]
     dtype = experts[0].spec.inputs[0].dtype
     feed = window_feed(experts[0], blocks, clean, profile.stage1.dit.head_dim, noise.device)
@@ -63,8 +62,7 @@ def run_stage1(
     def velocity(x: Tensor, step: int) -> Tensor:
         latents = torch.cat((x, condition), dim=1) if profile.image_channels else torch.cat((condition, x), dim=2)
         value = guided_velocity(experts[step], conditions[step], step, {"latents": latents.to(dtype), **feed})
-        value = value[:, :, clean:]
-        return sample_velocity(value, 0.0, x, sigmas[step]) if predicts_sample else value
+        return value[:, :, clean:]
 
     x = euler_sample(velocity, noise[:, :, clean:], sigmas, on_step)
     return x if profile.image_channels else torch.cat((condition, x), dim=2)

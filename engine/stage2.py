@@ -10,7 +10,7 @@ from torch import Tensor
 from .calls import Executables, guided_velocity, stream_call, window_feed
 from .profile import Profile
 from .reference import reference_blocks, reference_first
-from .sampler import block_noise, euler_sample, sample_velocity
+from .sampler import block_noise, euler_sample
 from .segments import Segment
 from .spec import Executable
 from .state import Conditions, SegmentState
@@ -47,15 +47,12 @@ def denoise_segment(
     positions = segment.window if profile.positions == "absolute" else range(len(segment.window))
     feed = window_feed(graph, positions, segment.clean, profile.stage2.dit.head_dim, noise.device)
     dtype = graph.spec.inputs[0].dtype
-    predicts_sample = profile.stage2.dit.prediction == "sample"
-    base = _last(channels, made) if profile.concatenated else 0.0
 
     def velocity(x: Tensor, step: int) -> Tensor:
         latents = torch.cat((clean, x), dim=2)  # [1, C2, T, H, W]
         if profile.concatenated:
             latents = torch.cat((latents, channels), dim=1)  # [1, 2*C2, T, H, W]
-        value = _last(guided_velocity(graph, conditions, step, {"latents": latents.to(dtype), **feed}), made)
-        return sample_velocity(value, base, x, sigmas[step]) if predicts_sample else value
+        return _last(guided_velocity(graph, conditions, step, {"latents": latents.to(dtype), **feed}), made)
 
     start = noise
     if profile.stage2_init == "reference":

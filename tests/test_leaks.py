@@ -17,6 +17,7 @@ from swifti2v.runtime.backend_inductor import InductorExecutable
 from swifti2v.runtime.backend_weights import open_source
 
 WINDOW = 6  # cycles that are looked at together: two of every kind
+LIMIT = 5.0  # MB; half of one is what a hundred cycles were seen to add
 
 CYCLES = """
 import ctypes, gc, json, os, sys
@@ -78,8 +79,8 @@ def grown(backend: str, folder: Path, warm: int, cycles: int) -> tuple[float, in
     """What a process holds more at the end of the cycles than at the end of the warm-up: MB, open files, mappings.
 
     Memory of its own counts, in RAM or swapped out: pages of files come and go as the system likes. Before it is read,
-    the C library gives back what it keeps for later, up to 64 MB. Both ends are the least of a few cycles, as cycles of
-    three kinds leave different things behind.
+    the C library gives back what it keeps for later: 25 to 40 MB with ONNX Runtime, by the kind of the last cycle. Both
+    ends are the least of a few cycles of every kind.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     line = [sys.executable, "-c", CYCLES, backend, str(folder), str(warm), str(cycles)]
@@ -96,7 +97,7 @@ def grown(backend: str, folder: Path, warm: int, cycles: int) -> tuple[float, in
 def test_a_few_cycles_leave_nothing(tmp_path: Path):
     """A session has 2 MB of weights and 3 MB of caches, so that one of both staying in every cycle is seen."""
     megabytes, files, maps = grown("eager", tmp_path / "b", WINDOW, 12)
-    assert megabytes < 12
+    assert megabytes < LIMIT
     assert files == 0
     assert maps < 10
 
@@ -105,7 +106,7 @@ def test_a_few_cycles_leave_nothing(tmp_path: Path):
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
 def test_a_hundred_cycles_leave_nothing(tmp_path: Path, backend: str):
     megabytes, files, maps = grown(backend, tmp_path / "b", 20, 100)
-    assert megabytes < 16
+    assert megabytes < LIMIT
     assert files == 0
     assert maps < 10
 

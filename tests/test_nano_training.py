@@ -98,16 +98,16 @@ def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
 
 
 def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_path: Path, capsys):
-    arguments = ["nano", "vae1", "-o", str(tmp_path), *QUICK]
+    arguments = ["nano", "vae1-short", "-o", str(tmp_path), *QUICK]
     main([*arguments, "--minutes", "0"])
     assert "1 of 2 steps" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
     main(arguments)
-    assert (tmp_path / "models" / "vae1" / "config.json").exists()
-    late = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
+    assert (tmp_path / "models" / "vae1-short" / "config.json").exists()
+    late = ["nano", "vae2-short", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
     main(late)
-    assert (tmp_path / "models" / "vae2" / "config.json").exists()
-    assert not (tmp_path / "vae2" / "loss.png").exists()
+    assert (tmp_path / "models" / "vae2-short" / "config.json").exists()
+    assert not (tmp_path / "vae2-short" / "loss.png").exists()
 
 
 @pytest.mark.parametrize("change", ["stps=3", "steps=many", "bf16=yes", "steps"])

@@ -17,7 +17,7 @@ from swifti2v.engine.stage1 import image_condition
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.runtime.backend_eager import open_eager
-from swifti2v.training.flow import ClipBatch, NoiseLevels, dit_output, encode_clip, few_steps
+from swifti2v.training.flow import ClipBatch, NoiseLevels, dit_velocity, encode_clip, few_steps
 from swifti2v.training.stage1 import Stage1Config, Stage1Task, first_frame_condition, stage1_batch
 from swifti2v.training.stage2 import Stage2Config, Stage2Task, draw_plan, stage2_batch
 from swifti2v.training.transition import StageOne, TransitionConfig, hybrid_reference, transit
@@ -196,8 +196,8 @@ def test_every_sample_has_its_own_noise_level(parts):
     dit, text = parts["stage1"], torch.randn(2, 8, 16)
     latents, sigma = torch.randn(2, 12, 3, 4, 6), torch.tensor([0.9, 0.3])
     with torch.no_grad():
-        both = dit_output(dit, latents, sigma, text, clean=1)
-        alone = [dit_output(dit, latents[i : i + 1], sigma[i : i + 1], text[i : i + 1], clean=1) for i in (0, 1)]
+        both = dit_velocity(dit, latents, sigma, text, clean=1)
+        alone = [dit_velocity(dit, latents[i : i + 1], sigma[i : i + 1], text[i : i + 1], clean=1) for i in (0, 1)]
     assert error(both, torch.cat(alone)) < 1e-5
 
 

@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.dit import DiT
 from ..engine.rope import rope_tables
-from ..engine.sampler import TIMESTEPS, flow_sigmas, sample_velocity, shift_sigma
+from ..engine.sampler import TIMESTEPS, flow_sigmas, shift_sigma
 from ..engine.vae import VAE
 
 PIXELS_AT_ONCE = 2**24  # of one call of a VAE in training: at 2K one latent block, at small sizes the whole clip
-LOWEST_WEIGHTED = 0.1  # the sigma below which a clean sample's error weighs no more
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -43,22 +41,16 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Which noise levels are trained: uniform before the shift, and for a share exactly those of inference.
-
-    Of the others a share is uniform after the shift, as stage transition begins anywhere.
-    """
+    """Which noise levels are trained: uniform before the shift, and for a share exactly those of inference."""
 
     shift: float = 5.0
     steps: int = 4
     grid_share: float = 0.5
-    uniform_share: float = 0.0
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` sigmas in (0, 1], fp32 [count] on the CPU."""
         uniform = 1 - torch.rand(count, generator=generator)
         shifted = self.shift * uniform / (1 + (self.shift - 1) * uniform)
-        if self.uniform_share:
-            shifted = torch.where(torch.rand(count, generator=generator) < self.uniform_share, uniform, shifted)
         grid = torch.tensor(flow_sigmas(self.steps, self.shift))
         chosen = grid[torch.randint(self.steps, (count,), generator=generator)]
         return torch.where(torch.rand(count, generator=generator) < self.grid_share, chosen, shifted)
@@ -66,31 +58,14 @@ class NoiseLevels:
 
 def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x + sigma noise, with one sigma [B] per sample of x [B, C, T, H, W]."""
-    level = _per_sample(sigma, x)
+    level = sigma.to(x.device).view(-1, 1, 1, 1, 1)  # [B] -> [B, 1, 1, 1, 1]
     return (1 - level) * x + level * noise
 
 
-def velocity_of(dit: DiT, output: Tensor, base: Tensor | float, x: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity that a DiT's output for x [B, C, T, H, W] means; sigma [B]; a clean sample is added to `base`."""
-    return output if dit.config.prediction == "velocity" else sample_velocity(output, base, x, _per_sample(sigma, x))
-
-
-def prediction_loss(
-    dit: DiT, output: Tensor, target: Tensor, noise: Tensor, base: Tensor | float, sigma: Tensor
-) -> Tensor:
-    """Mean squared error of what the DiT predicts: the velocity, or the clean sample, then weighted by 1 / sigma.
-
-    output, target and noise [B, C, T, H, W]; sigma [B]. The last weight is between the sample's own and the velocity's.
-    """
-    if dit.config.prediction == "velocity":
-        return F.mse_loss(output, noise - target)
-    return ((output + base - target).square() / _per_sample(sigma, target).clamp(min=LOWEST_WEIGHTED)).mean()
-
-
-def dit_output(
+def dit_velocity(
     dit: DiT, latents: Tensor, sigma: Tensor, text: Tensor, clean: int = 0, positions: Sequence[int] | None = None
 ) -> Tensor:
-    """What the DiT predicts, fp32 [B, C_out, T, H, W], of latents [B, C_in, T, H, W], text rows [B, L, D].
+    """Velocity fp32 [B, C_out, T, H, W] of latents [B, C_in, T, H, W], text rows [B, L, D].
 
     The first `clean` blocks have timestep 0, the others the sample's sigma [B]. As DiT.denoise, but the tables stay
     fp32 under autocast.
@@ -113,12 +88,8 @@ def few_steps(velocity: Velocity, x: Tensor, start: Tensor, steps: int, shift: f
     origin = start / (shift - (shift - 1) * start)  # unshifted
     for step in range(steps):
         now, after = (_shifted(origin * (1 - i / steps), shift).to(x.device) for i in (step, step + 1))
-        x = x + _per_sample(after - now, x) * velocity(x, now)
+        x = x + (after - now).view(-1, 1, 1, 1, 1) * velocity(x, now)  # [B] -> [B, 1, 1, 1, 1]
     return x
-
-
-def _per_sample(sigma: Tensor, x: Tensor) -> Tensor:
-    return sigma.to(x.device).view(-1, 1, 1, 1, 1)  # [B] -> [B, 1, 1, 1, 1]
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -1,10 +1,10 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 and vae2, then stage1 (needs vae1), then stage2 (needs all, and begins with stage2-true).
+vae1 and vae2 (each after its own -short), then stage1 (needs vae1), then stage2 (needs all).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
-from ..engine.profile import DiTConfig, StageConfig
+from ..engine.profile import StageConfig
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
@@ -27,8 +27,8 @@ from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import Task, TrainConfig, ship, step_seed
-from .transition import StageOne, TransitionConfig
-from .vae import VaeLoss, VaeTask, finished, fit_linear, freeze_linear, new_vae, raw
+from .transition import StageOne
+from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
 Photos = Sequence[np.ndarray]
 # Mostly one camera move at a time: a small model learns these before it learns everything at once.
@@ -61,24 +61,36 @@ class DitPhase:
     train: TrainConfig
     samples: tuple[Samples, ...]
     config: Stage1Config | Stage2Config
-    after: str | None = None  # the phase whose finished weights it begins with
 
 
 Phase = VaePhase | DitPhase
-STAGE2_SAMPLES = (Samples(Crops(2, 384, 256), 16, 20.0, 0.85), Samples(Crops(2, 512, 320), 4, 20.0, 0.15))
 PHASES: dict[str, Phase] = {
-    # Linear maps, fitted to principal components, hold the picture at once; the networks beside them learn the rest.
-    "vae1": VaePhase(
-        TrainConfig(1500, 2, lr=1e-3, muon=0.005, warmup=50, ema=0.995, save_every=500, bf16=True),
-        Samples(Crops(2, 256, 160), 64, 12.0),
-        Cuts(2, 64, 33),
+    # Short pieces teach the picture in a third of the time; what follows a long past is learned from whole clips.
+    "vae1-short": VaePhase(
+        TrainConfig(1500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(4, 256, 160), 64, 12.0),
+        Cuts(4, 64, 9),
         low=True,
     ),
-    "vae2": VaePhase(
-        TrainConfig(1500, 2, lr=1e-3, muon=0.005, warmup=50, ema=0.995, save_every=500, bf16=True),
-        Samples(Crops(2, 128, 128), 64, 12.0),
-        Cuts(2, 64, 33),
+    "vae2-short": VaePhase(
+        TrainConfig(2000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(4, 128, 128), 64, 12.0),
+        Cuts(4, 64, 9),
         low=False,
+    ),
+    "vae1": VaePhase(
+        TrainConfig(2500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(2, 256, 160), 64, 12.0),
+        Cuts(2, 48, 33),
+        low=True,
+        after="vae1-short",
+    ),
+    "vae2": VaePhase(
+        TrainConfig(4000, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(2, 128, 128), 64, 12.0),
+        Cuts(2, 48, 33),
+        low=False,
+        after="vae2-short",
     ),
     "vae2-decoder": VaePhase(
         TrainConfig(3000, 2, lr=2e-3, muon=0.005, warmup=50, ema=0.998, save_every=500, bf16=True),
@@ -91,19 +103,12 @@ PHASES: dict[str, Phase] = {
     "stage1": DitPhase(
         TrainConfig(1800, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
         (Samples(Crops(8, 256, 160), 32, 24.0, 0.75), Samples(Crops(8, 192, 128), 16, 24.0, 0.25)),
-        Stage1Config(NoiseLevels(shift=3.0, uniform_share=0.5)),
-    ),
-    # Where detail goes is learned from references that are true; then what Stage I does to them.
-    "stage2-true": DitPhase(
-        TrainConfig(2000, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        STAGE2_SAMPLES,
-        Stage2Config(NoiseLevels(shift=3.0), TransitionConfig(probability=0.0), own_context=0.1),
+        Stage1Config(),
     ),
     "stage2": DitPhase(
-        TrainConfig(1500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        STAGE2_SAMPLES,
+        TrainConfig(900, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
+        (Samples(Crops(2, 384, 256), 16, 20.0, 0.85), Samples(Crops(2, 512, 320), 4, 20.0, 0.15)),
         Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
-        after="stage2-true",
     ),
 }
 
@@ -118,29 +123,27 @@ def train_task(
     profile, train = get_profile("nano"), phase.train
     device, seed = train.device, step_seed(train.seed, name)
     begin = None if start is None else start / name
-    if phase.after is not None and begin is None:
+    if isinstance(phase, VaePhase) and phase.after is not None and begin is None:
         begin = models / phase.after
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin), "photos": photos_hash(photos)}
     settings["clips"] = asdict(_clips(phase))
     if isinstance(phase, VaePhase):
-        vae = _fresh_vae(name, photos, phase) if begin is None else raw(load_vae(begin, dtype=torch.float32))
+        vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
         vae.requires_grad_(True)
-        freeze_linear(vae)
         if phase.decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant.requires_grad_(False)
         return VaeTask(vae.to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings)
     torch.manual_seed(seed)
     stage = _stage(phase)
-    dit = _fresh_dit(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
+    dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
     if compiled:
         fuse(dit)
     settings["samples"] = [asdict(item) for item in phase.samples]
-    needs_stage1 = isinstance(phase.config, Stage2Config) and phase.config.transition.probability > 0
-    read = ["vae1"] if isinstance(phase.config, Stage1Config) else ["vae1", "text", "vae2"]
-    settings["models"] = fingerprint(*(models / item for item in (*read, *(["stage1"] if needs_stage1 else []))))
+    read = ["vae1"] if isinstance(phase.config, Stage1Config) else ["vae1", "stage1", "text", "vae2"]
+    settings["models"] = fingerprint(*(models / item for item in read))
     if isinstance(phase.config, Stage1Config):
         vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
         if start is None:
@@ -151,7 +154,7 @@ def train_task(
         return Stage1Task(dit, words, make, phase.config, **settings)
     config = phase.config
     one = StageOne(
-        load_dit(models / "stage1", dtype=torch.float32, device=device) if needs_stage1 else None,
+        load_dit(models / "stage1", dtype=torch.float32, device=device),
         load_words(models / "text", device=device),
         load_vae(models / "vae1", dtype=torch.float32, device=device),
     )
@@ -170,17 +173,20 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
             load_ema(folder / name, {"vae": vae})
             ship(vae, models / name)
             return
-        vae = _fresh_vae(name, photos, phase)  # what is frozen in training is in no checkpoint
+        vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
-        ship(finished(vae, _statistics(name, photos, phase)), models / name)
+        phase = replace(phase, train=replace(phase.train, device="cpu"))
+        make = _videos(f"{name}/statistics", photos, phase)
+        videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
+        ship(finished(vae, videos), models / name)
         return
     stage = _stage(phase)
-    modules: dict[str, nn.Module] = {"stage1" if _low(phase) else "stage2": DiT(stage.dit)}
-    if _low(phase):
+    modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
+    if name == "stage1":
         modules["text"] = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
     load_ema(folder / name, modules)
     for key, module in modules.items():
-        ship(module, models / ("text" if key == "text" else name))
+        ship(module, models / key)
 
 
 def _low(phase: Phase) -> bool:
@@ -207,28 +213,6 @@ def _videos(name: str, photos: Photos, phase: VaePhase) -> Callable[[int, int], 
 
     pool = Pool(sample, item.crops.count, item.window, item.reuse, train.steps)
     return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
-
-
-def _fresh_dit(config: DiTConfig) -> DiT:
-    """A DiT whose output is zero at first: of clean latents the mean, or the reference alone."""
-    dit = DiT(config)
-    torch.nn.init.zeros_(dit.head.head.weight)
-    torch.nn.init.zeros_(dit.head.head.bias)
-    return dit
-
-
-def _fresh_vae(name: str, photos: Photos, phase: VaePhase) -> VAE:
-    """The VAE that a phase begins with, its linear maps fitted to the phase's samples."""
-    vae = new_vae(_stage(phase).vae, step_seed(phase.train.seed, name))
-    if vae.config.linear:
-        fit_linear(vae, _statistics(name, photos, phase))
-    return vae
-
-
-def _statistics(name: str, photos: Photos, phase: VaePhase) -> Iterator[Tensor]:
-    """Pieces to measure, on the CPU; always the same."""
-    make = _videos(f"{name}/statistics", photos, replace(phase, train=replace(phase.train, device="cpu")))
-    return (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
 
 
 def _pools(

@@ -5,22 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
-from .flow import (
-    ClipBatch,
-    LatentBatch,
-    NoiseLevels,
-    dit_output,
-    encode_clip,
-    few_steps,
-    noised,
-    prediction_loss,
-    velocity_of,
-)
+from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class Stage1Task:
         return {"stage1": self.dit, "text": self.words}
 
     def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The error of what the DiT predicts, over all blocks."""
+        """Mean squared error of the velocity, over all blocks."""
         samples = self.batch(step, seed)
         generator = torch.Generator().manual_seed(seed)
         latents, count = samples.latents, samples.latents.shape[0]
@@ -101,8 +92,9 @@ class Stage1Task:
         kept = torch.rand(count, generator=generator) >= self.config.drop_prompt
         prompts = [prompt if keep else "" for prompt, keep in zip(samples.prompts, kept.tolist(), strict=True)]
         x = torch.cat((noised(latents, noise, sigma), samples.channels), dim=1)  # [B, z + 4+z, T, h, w]
-        output = dit_output(self.dit, x, sigma, encode_prompts(self.words, prompts, latents.device))
-        return prediction_loss(self.dit, output, latents, noise, 0.0, sigma), {"sigma": sigma.mean().item()}
+        velocity = dit_velocity(self.dit, x, sigma, encode_prompts(self.words, prompts, latents.device))
+        loss = F.mse_loss(velocity, noise - latents)
+        return loss, {"sigma": sigma.mean().item()}
 
 
 @torch.no_grad()
@@ -112,7 +104,6 @@ def run_few_steps(
     """Motion latents [B, z, T, h, w] that Stage I makes of x, each sample from its own noise level `start` [B]."""
 
     def velocity(value: Tensor, sigma: Tensor) -> Tensor:
-        output = dit_output(dit, torch.cat((value, condition), dim=1), sigma, text)
-        return velocity_of(dit, output, 0.0, value, sigma)
+        return dit_velocity(dit, torch.cat((value, condition), dim=1), sigma, text)
 
     return few_steps(velocity, x, start, steps, shift)

@@ -5,22 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.segments import Segment, plan_segments
 from ..engine.vae import VAE
-from .flow import (
-    ClipBatch,
-    LatentBatch,
-    NoiseLevels,
-    dit_output,
-    encode_clip,
-    few_steps,
-    noised,
-    prediction_loss,
-    velocity_of,
-)
+from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
 from .stage1 import TextEncoder, encode_prompts
 from .transition import StageOne, TransitionConfig, hybrid_reference, transit
 
@@ -64,7 +55,7 @@ class Stage2Task:
         return {"stage2": self.dit}
 
     def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """The error of what the DiT predicts of the noisy blocks of one random window."""
+        """Mean squared error of the velocity of the noisy blocks of one random window."""
         samples, config = self.batch(step, seed), self.config
         generator = torch.Generator().manual_seed(seed)
         latents, reference = samples.latents, samples.channels
@@ -78,21 +69,18 @@ class Stage2Task:
         sigma = config.levels.draw(latents.shape[0], generator)
         target = latents[:, :, list(segment.noisy)]
         x = noised(target, noise, sigma)
-        output = self.window_output(context, reference, text, segment, x, sigma)
-        base = reference[:, :, list(segment.noisy)]
-        return prediction_loss(self.dit, output, target, noise, base, sigma), {
-            "sigma": sigma.mean().item(),
-            "segment": float(segment.index),
-        }
+        velocity = self.window_velocity(context, reference, text, segment, x, sigma)
+        loss = F.mse_loss(velocity, noise - target)
+        return loss, {"sigma": sigma.mean().item(), "segment": float(segment.index)}
 
-    def window_output(
+    def window_velocity(
         self, clean: Tensor, reference: Tensor, text: Tensor, segment: Segment, x: Tensor, sigma: Tensor
     ) -> Tensor:
-        """What the DiT predicts [B, z, m, H, W] of a window's noisy blocks x; clean and reference are of the clip."""
+        """Velocity [B, z, m, H, W] of a window's noisy blocks x; clean latents and reference are those of the clip."""
         conditioning = clean[:, :, [segment.anchor, *segment.context]]  # [B, z, 1+context, H, W]
         window = torch.cat((conditioning, x), dim=2)
         window = torch.cat((window, reference[:, :, list(segment.window)]), dim=1)  # [B, 2z, T, H, W]
-        return dit_output(self.dit, window, sigma, text, segment.clean, segment.window)[:, :, segment.clean :]
+        return dit_velocity(self.dit, window, sigma, text, segment.clean, segment.window)[:, :, segment.clean :]
 
     @torch.no_grad()
     def with_own_output(
@@ -103,8 +91,7 @@ class Stage2Task:
         noise = torch.randn(latents[:, :, list(before.noisy)].shape, generator=generator).to(latents.device)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            output = self.window_output(latents, reference, text, before, x, sigma)
-            return velocity_of(self.dit, output, reference[:, :, list(before.noisy)], x, sigma)
+            return self.window_velocity(latents, reference, text, before, x, sigma)
 
         made = few_steps(velocity, noise, torch.ones(len(noise)), levels.steps, levels.shift)
         mixed = latents.clone()

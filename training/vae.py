@@ -6,7 +6,7 @@ of a call changes no value.
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from math import log10, sqrt
+from math import log10
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..engine.errors import SpecError
 from ..engine.profile import VAEConfig
 from ..engine.vae import VAE
-from ..engine.vae_layers import Tape, to_cells
+from ..engine.vae_layers import Tape
 from .log import TrainingError
 from .trainer import step_seed
 
@@ -77,69 +77,6 @@ def new_vae(config: VAEConfig, seed: int) -> VAE:
     return vae
 
 
-@torch.no_grad()
-def fit_linear(vae: VAE, videos: Iterable[Tensor]) -> None:
-    """Start a VAE's linear maps at the principal components of a cell's pixels, its network and posterior at nothing.
-
-    videos [B, 3, 1 + 4k, H, W]. The components of a first frame are turned to agree with those of later blocks, and
-    scaled so that a still picture has about the same latents in both.
-    """
-    encoder, decoder = vae.encoder.linear, vae.decoder.linear
-    assert encoder is not None
-    assert decoder is not None
-    z, space, time = vae.config.latent_channels, vae.config.spatial, vae.config.time
-    first, later = _Moments(), _Moments()
-    for video in videos:
-        first.add(to_cells(video[:, :, :1], space, 1))
-        later.add(to_cells(video[:, :, 1:], space, time))
-    basis, own = later.components(z), first.components(z)  # [z, 192 * time], [z, 192]
-    left, _, right = torch.linalg.svd(basis.unflatten(1, (time, -1)).mean(1) @ own.T)
-    own = left @ right @ own
-    for layer in (encoder.first, encoder.next, vae.encoder.conv_out, vae.decoder.conv_out, vae.quant, vae.post_quant):
-        layer.weight.zero_()
-        layer.bias.zero_()  # type: ignore[union-attr]
-    vae.encoder.conv_out.bias[z:] = -12.0  # type: ignore[index]
-    vae.quant.weight.copy_(torch.eye(2 * z).view_as(vae.quant.weight))
-    vae.post_quant.weight.copy_(torch.eye(z).view_as(vae.post_quant.weight))
-    maps = ((encoder.first, decoder.first, own * time**0.5, first), (encoder.next, decoder.next, basis, later))
-    for there, back, rows, moments in maps:
-        norm = rows.square().sum(1).mean()
-        there.weight.copy_(rows[:, :, None, None, None])
-        there.bias.copy_(-rows @ moments.mean)  # type: ignore[union-attr]
-        back.weight.copy_(rows.T[:, :, None, None, None] / norm)
-        back.bias.copy_(moments.mean)  # type: ignore[union-attr]
-
-
-def freeze_linear(vae: VAE) -> None:
-    """Keep the linear maps as they were fitted, and what stands between them and the latents; the network trains."""
-    if vae.encoder.linear is not None and vae.decoder.linear is not None:
-        for part in (vae.encoder.linear, vae.decoder.linear, vae.quant, vae.post_quant):
-            part.requires_grad_(False)
-
-
-class _Moments:
-    """Mean and covariance of the pixels of cells."""
-
-    def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, cells: Tensor) -> None:
-        """cells [B, pixels, T, H, W]."""
-        rows = cells.transpose(0, 1).flatten(1).double().cpu()  # [pixels, B*T*H*W]
-        self.count, self.sum = self.count + rows.shape[1], self.sum + rows.sum(1)
-        self.squares = self.squares + rows @ rows.T
-
-    @property
-    def mean(self) -> Tensor:
-        return (self.sum / self.count).float()
-
-    def components(self, count: int) -> Tensor:
-        """The `count` orthonormal rows [count, pixels] that hold most of the variance."""
-        mean = self.sum / self.count
-        _, vectors = torch.linalg.eigh(self.squares / self.count - torch.outer(mean, mean))  # rising
-        return vectors.T.flip(0)[:count].float()
-
-
 def posterior(vae: VAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """video [B, 3, 1 + 4k, H, W] -> fp32 mean and log-variance [B, z, 1 + k, h, w], raw: not normalised."""
     time, space = vae.config.time, vae.config.spatial
@@ -195,15 +132,8 @@ def latent_statistics(vae: VAE, videos: Iterable[Tensor]) -> tuple[tuple[float, 
 
 
 def finished(vae: VAE, videos: Iterable[Tensor]) -> VAE:
-    """The VAE for use: same weights (copied), with the latent statistics of these videos in its config.
-
-    Principal components differ a hundredfold. Scaled alike, most of what a DiT learns would be the faintest; as they
-    are, they would drown in its noise. So these get the root of their share, and variance 1 all together.
-    """
+    """The VAE for use: same weights (copied), with the latent statistics of these videos in its config."""
     mean, std = latent_statistics(vae, videos)
-    if vae.config.linear:
-        typical = sum(std) / len(std)
-        std = tuple(sqrt(value * typical) for value in std)
     copy = VAE(replace(vae.config, mean=mean, std=std)).to(vae.mean.device)
     copy.load_state_dict(vae.state_dict())
     return copy.eval().requires_grad_(False)
