@@ -262,7 +262,9 @@ def test_inspect_and_verify(made: Path, tmp_path: Path):
 
 def test_a_bundle_may_be_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
-    assert load_bundle(".").bundle.folder == folder
+    opened = load_bundle(".").bundle
+    assert opened is not None
+    assert opened.folder == folder
     plain = json.loads(command("swifti2v", "inspect", ".", "--json", cache=folder).stdout)["result"][folder.name]
     assert plain["kind"] == "bundle", "by the folder's own name"
     assert command("swifti2v-export", "verify", ".", cache=folder).returncode == 0
