@@ -86,6 +86,11 @@ class Recipe(NamedTuple):
             words.append(f"--arch {self.arch}")
         return " ".join(words if folder is None else [*words, f"-o {folder}"])
 
+    def repair(self, folder: Path) -> str:
+        """What to do about a bundle. LoRAs are known by hashes alone, so it cannot name them."""
+        said = f"run {self.command(folder)}"
+        return f"{said} with your --weights and --lora options" if self.source == "given" else said
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -131,7 +136,7 @@ class Bundle:
     @property
     def repair(self) -> str:
         """What to do about a bundle that cannot be used."""
-        return f"run {self.manifest.recipe.command(self.folder)}"
+        return self.manifest.recipe.repair(self.folder)
 
     def files(self, graph: str) -> tuple[Path, ...]:
         """The artifacts of a graph, in the manifest's order."""
@@ -268,8 +273,7 @@ def _rebuild(folder: Path, plain: Mapping[str, Any] | None = None) -> str:
         profile = from_plain(Profile, plain["profile"], "profile")
         arch = str(plain["arch"]) if str(plain["arch"]).startswith("sm") else ""
         recipe = Recipe(profile, str(plain["backend"]), str(plain["precision"]), str(plain["weights"]["source"]), arch)
-    command = f"swifti2v-export --profile P --backend B -o {folder}" if recipe is None else recipe.command(folder)
-    return f"run {command}"
+    return f"run swifti2v-export --profile P --backend B -o {folder}" if recipe is None else recipe.repair(folder)
 
 
 def _overrides(profile: Profile) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from ..engine.errors import BundleError, EnvironmentMismatch
 from ..engine.graphs import profile_graphs
-from ..engine.manifest import Bundle, Recipe, WeightsRecord
+from ..engine.manifest import Bundle, WeightsRecord
 from ..engine.profile import Profile
 from ..engine.spec import GraphSpec, TensorSpec
 from .backend_gpu import arch_device
@@ -19,27 +19,21 @@ def device_of(bundle: Bundle) -> torch.device:
     return arch_device(bundle.manifest.arch)
 
 
-def repair(bundle: Bundle, recipe: Recipe) -> str:
-    """The command that builds this in the bundle's place. LoRAs are known by hashes alone, so it cannot name them."""
-    said = f"run {recipe.command(bundle.folder)}"
-    return f"{said} with your --weights and --lora options" if recipe.source == "given" else said
-
-
 def check_machine(bundle: Bundle, device: torch.device) -> None:
     """Refuse a bundle built for another architecture, or by other versions."""
     manifest = bundle.manifest
     arch = find_backend(manifest.backend).arch(device)
     if arch not in manifest.archs:
-        recipe = manifest.recipe._replace(arch=arch if arch.startswith("sm") else "")
+        said = manifest.recipe._replace(arch=arch if arch.startswith("sm") else "").repair(bundle.folder)
         raise EnvironmentMismatch(
-            f"{bundle.folder} arch: got a bundle for {manifest.arch}, want one for {arch}; {repair(bundle, recipe)}"
+            f"{bundle.folder} arch: got a bundle for {manifest.arch}, want one for {arch}; {said}"
         )
     here = versions_here(manifest.backend)
     for name in sorted(here.keys() | manifest.versions.keys()):
         if manifest.versions.get(name) != here.get(name):
             raise EnvironmentMismatch(
                 f"{bundle.folder} {name}: got a bundle built with {manifest.versions.get(name)}, "
-                f"want {here.get(name)}, which is here; {repair(bundle, manifest.recipe)}"
+                f"want {here.get(name)}, which is here; {manifest.recipe.repair(bundle.folder)}"
             )
 
 
@@ -49,13 +43,13 @@ def check_profile(bundle: Bundle, profile: Profile, names: Sequence[str] | None 
     graphs = profile_graphs(profile, bundle.manifest.dtype)
     missing = [name for name in graphs if name not in records and (names is None or name in names)]
     if missing:
-        said = repair(bundle, bundle.manifest.recipe)
+        said = bundle.manifest.recipe.repair(bundle.folder)
         raise BundleError(f"{bundle.folder}: got {len(records)} graphs, want {', '.join(missing)} too; {said}")
     recipe = bundle.manifest.recipe._replace(profile=profile)
     for name, graph in graphs.items():
         if name in records and records[name].spec != graph.spec:
             got, want = _difference(records[name].spec, graph.spec)
-            said = repair(bundle, recipe)
+            said = recipe.repair(bundle.folder)
             raise BundleError(f"{bundle.folder} {name}: got {got}, want {want} for this profile; {said}")
 
 
@@ -65,7 +59,7 @@ def check_weights(bundle: Bundle, record: WeightsRecord) -> None:
     for name in sorted(built.sha256.keys() | record.sha256.keys()):
         got, want = built.sha256.get(name), record.sha256.get(name)
         if got != want:
-            said = repair(bundle, bundle.manifest.recipe._replace(source=record.source))
+            said = bundle.manifest.recipe._replace(source=record.source).repair(bundle.folder)
             raise BundleError(
                 f"{bundle.folder} weights of {name}: got a bundle of {built.source} ones, SHA-256 {got}, "
                 f"want the {record.source} ones, {want}; use the weights and LoRAs it was built from, or {said}"

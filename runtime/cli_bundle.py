@@ -125,7 +125,8 @@ def _eager_note(profile: Profile, paths: ModelPaths, device: torch.device, dtype
     if not has or dtype not in ("auto", *has):
         return f"note: eager PyTorch, as there is no bundle of {profile.name} like this for {device.type}"
     precision = has[0] if dtype == "auto" else dtype
-    command = Recipe(profile, backend, precision, origin_of(replace(paths, loras={}))).command()
+    arch = find_backend(backend).arch(device) if device.type == "cuda" else ""
+    command = Recipe(profile, backend, precision, origin_of(replace(paths, loras={})), arch).command()
     loras = [(name, file, strength) for name in paths.loras for file, strength in paths.loras[name]]
     command += "".join(f" --lora {quote(f'{name}={file}@{strength:g}')}" for name, file, strength in loras)
     return f"note: eager PyTorch; {command} compiles this once, and later runs use it"
