@@ -51,7 +51,8 @@ class Result:
     @property
     def words(self) -> str:
         """What there is, in one line: names of rows, and the figures of a length, as the next may take long."""
-        names = dict.fromkeys(row.name for row in self.rows)
+        alone = len(self.rows) == 1  # a rung
+        names = dict.fromkeys(f"{row.name} {row.variant}" if alone else row.name for row in self.rows)
         said = [
             f"{point.frames} frames in {seconds(median(point.denoise).value)} ({point.way})" for point in self.lengths
         ]
