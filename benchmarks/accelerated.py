@@ -10,11 +10,11 @@ from ..engine.graphs import Graph, profile_graphs
 from ..engine.spec import Executable
 from ..runtime.acceleration import Acceleration, check_acceleration
 from ..runtime.backend_eager import EagerExecutable
-from ..runtime.cuda_graphs import CapturedExecutable, is_step
+from ..runtime.cuda_graphs import step_capture
 from ..runtime.frame_copy import FrameCopier
 from ..runtime.fused import give_kernels, measure_kernels, twin
 from .models import Models
-from .variants import SHORT, Around, Graphs, OpenGraph, Variant, eager_variant
+from .variants import SHORT, Graphs, OpenGraph, Variant, eager_variant
 
 
 def accelerated_module(models: Models, name: str, dtype: torch.dtype, folder: Path | None) -> nn.Module:
@@ -42,7 +42,7 @@ def fused_modules(models: Models, dtype: torch.dtype, folder: Path | None) -> Op
 def fused_variant(models: Models, dtype: torch.dtype, folder: Path | None, captured: bool = False) -> Variant:
     """PyTorch with the kernels chosen here, and with `captured` steps. EnvironmentMismatch without CUDA and Triton."""
     check_acceleration("fused", captured, models.device)
-    capture = capturing(models.device) if captured else None
+    capture = step_capture(models.device) if captured else None
     graphs = Graphs(profile_graphs(models.profile, dtype), fused_modules(models, dtype, folder), models.device, capture)
     copier = FrameCopier(models.device, _measured(models, {}, dtype, folder).kernels.to_bytes)
     name = f"fused_{SHORT[dtype]}{'_captured' if captured else ''}"
@@ -51,15 +51,8 @@ def fused_variant(models: Models, dtype: torch.dtype, folder: Path | None, captu
 
 def captured_variant(models: Models, dtype: torch.dtype) -> Variant:
     """PyTorch as it is, its denoising steps captured. EnvironmentMismatch without CUDA."""
-    return replace(eager_variant(models, dtype, around=capturing(models.device)), name=f"eager_{SHORT[dtype]}_captured")
-
-
-def capturing(device: torch.device) -> Around:
-    """What captures a denoising step and leaves other graphs as they are; all that it captures shares its memory."""
-    check_acceleration("eager", True, device)
-    with torch.cuda.device(device):
-        pool = torch.cuda.graph_pool_handle()
-    return lambda graph: CapturedExecutable(graph, pool) if is_step(graph.spec) else graph
+    plain = eager_variant(models, dtype, around=step_capture(models.device))
+    return replace(plain, name=f"{plain.name}_captured")
 
 
 def _measured(models: Models, modules: dict[str, nn.Module], dtype: torch.dtype, folder: Path | None) -> Acceleration:

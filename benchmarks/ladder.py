@@ -21,8 +21,9 @@ from ..engine.sampler import TIMESTEPS
 from ..engine.spec import Executable
 from ..runtime.acceleration import can_fuse
 from ..runtime.backend_eager import EagerExecutable
+from ..runtime.cuda_graphs import step_capture
 from ..runtime.sidecar import dtype_name
-from .accelerated import capturing, fused_modules
+from .accelerated import fused_modules
 from .backend_compile import CompiledExecutable
 from .clock import Timing, Work, time_in_turns
 from .flops import graph_flops
@@ -175,7 +176,7 @@ def eager(models: Models, dtype: torch.dtype, channels_last: bool = False) -> Op
 
 def captured(open_graph: OpenGraph, device: torch.device) -> OpenGraph:
     """The same, denoising steps captured."""
-    capture = capturing(device)
+    capture = step_capture(device)
     return lambda graph: capture(open_graph(graph))
 
 

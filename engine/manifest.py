@@ -74,7 +74,7 @@ class Recipe(NamedTuple):
     backend: str
     precision: str
     source: str
-    arch: str = ""  # to name; none for the machine that it is built on
+    arch: str = ""  # of GPUs it is named, such as sm89; a CPU is the one that it is built on
 
     def command(self, folder: Path | None = None) -> str:
         """The `swifti2v-export` command that builds this, to `folder` or to the user's cache."""
@@ -82,7 +82,7 @@ class Recipe(NamedTuple):
         if self.source == "given":
             words.append("--weights DIR")
         words += [f"--backend {self.backend}", f"--precision {self.precision}"]
-        if self.arch:
+        if self.arch.startswith("sm"):
             words.append(f"--arch {self.arch}")
         return " ".join(words if folder is None else [*words, f"-o {folder}"])
 
@@ -117,8 +117,7 @@ class Manifest:
 
     @property
     def recipe(self) -> Recipe:
-        arch = self.arch if self.arch.startswith("sm") else ""
-        return Recipe(self.profile, self.backend, self.precision, self.weights.source, arch)
+        return Recipe(self.profile, self.backend, self.precision, self.weights.source, self.arch)
 
     @property
     def archs(self) -> tuple[str, ...]:
@@ -271,8 +270,8 @@ def _rebuild(folder: Path, plain: Mapping[str, Any] | None = None) -> str:
     with suppress(PlainError, ProfileError, KeyError, TypeError):
         plain = plain or {}
         profile = from_plain(Profile, plain["profile"], "profile")
-        arch = str(plain["arch"]) if str(plain["arch"]).startswith("sm") else ""
-        recipe = Recipe(profile, str(plain["backend"]), str(plain["precision"]), str(plain["weights"]["source"]), arch)
+        backend, precision, arch = (str(plain[name]) for name in ("backend", "precision", "arch"))
+        recipe = Recipe(profile, backend, precision, str(plain["weights"]["source"]), arch)
     return f"run swifti2v-export --profile P --backend B -o {folder}" if recipe is None else recipe.repair(folder)
 
 

@@ -24,7 +24,7 @@ def check_machine(bundle: Bundle, device: torch.device) -> None:
     manifest = bundle.manifest
     arch = find_backend(manifest.backend).arch(device)
     if arch not in manifest.archs:
-        said = manifest.recipe._replace(arch=arch if arch.startswith("sm") else "").repair(bundle.folder)
+        said = manifest.recipe._replace(arch=arch).repair(bundle.folder)
         raise EnvironmentMismatch(
             f"{bundle.folder} arch: got a bundle for {manifest.arch}, want one for {arch}; {said}"
         )
@@ -33,7 +33,7 @@ def check_machine(bundle: Bundle, device: torch.device) -> None:
         if manifest.versions.get(name) != here.get(name):
             raise EnvironmentMismatch(
                 f"{bundle.folder} {name}: got a bundle built with {manifest.versions.get(name)}, "
-                f"want {here.get(name)}, which is here; {manifest.recipe.repair(bundle.folder)}"
+                f"want {here.get(name)}, which is here; {bundle.repair}"
             )
 
 
@@ -43,8 +43,7 @@ def check_profile(bundle: Bundle, profile: Profile, names: Sequence[str] | None 
     graphs = profile_graphs(profile, bundle.manifest.dtype)
     missing = [name for name in graphs if name not in records and (names is None or name in names)]
     if missing:
-        said = bundle.manifest.recipe.repair(bundle.folder)
-        raise BundleError(f"{bundle.folder}: got {len(records)} graphs, want {', '.join(missing)} too; {said}")
+        raise BundleError(f"{bundle.folder}: got {len(records)} graphs, want {', '.join(missing)} too; {bundle.repair}")
     recipe = bundle.manifest.recipe._replace(profile=profile)
     for name, graph in graphs.items():
         if name in records and records[name].spec != graph.spec:

@@ -4,7 +4,7 @@ At 2K a step is seconds of work and launches are lost in it; at the size of `nan
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,13 @@ class CapturedExecutable:
 
 
 def capture_steps(graphs: Mapping[str, Executable], device: torch.device) -> dict[str, Executable]:
-    """The same executables, with the denoising steps captured.
+    """The same executables, with the denoising steps captured."""
+    capture = step_capture(device)
+    return {name: capture(graph) for name, graph in graphs.items()}
+
+
+def step_capture(device: torch.device) -> Callable[[Executable], Executable]:
+    """What captures a denoising step and leaves other graphs as they are; all that it captures shares its memory.
 
     The other graphs are not: a clip calls most of them once, and a VAE's caches stay where they are and are written in
     place. Fixed places for them would be a second copy of 12.9 GB at 2K, overwritten under a caller with two streams.
@@ -80,7 +86,7 @@ def capture_steps(graphs: Mapping[str, Executable], device: torch.device) -> dic
     check_acceleration("eager", True, device)
     with torch.cuda.device(device):
         pool = torch.cuda.graph_pool_handle()
-    return {name: CapturedExecutable(graph, pool) if is_step(graph.spec) else graph for name, graph in graphs.items()}
+    return lambda graph: CapturedExecutable(graph, pool) if is_step(graph.spec) else graph
 
 
 def is_step(spec: GraphSpec) -> bool:
