@@ -38,6 +38,11 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def donated_bytes(self) -> int:
+        """What the caches take that a call renews."""
+        return sum(tensor.bytes for tensor in self.inputs if tensor.donated)
+
 
 class Executable(Protocol):
     """A graph that can be called; eager or compiled, the caller cannot tell.
@@ -67,4 +72,9 @@ def check_feed(spec: GraphSpec, feed: Feed) -> None:
             raise SpecError(
                 f"{spec.name}.{name} [{tensor.axes}]: got {tuple(got.shape)} {got.dtype}, "
                 f"want {tensor.shape} {tensor.dtype}; feed what the profile says"
+            )
+        if got.device.type != "meta" and got.untyped_storage().nbytes() == 0 < tensor.bytes:
+            raise SpecError(
+                f"{spec.name}.{name}: got a tensor that was donated to an earlier call and freed, "
+                "want what that call returned; feed that, or clone what is needed twice"
             )

@@ -11,7 +11,7 @@ from ..engine.spec import GraphSpec, TensorSpec
 from .build import pick_graphs
 from .builders import find_builder
 from .fp8 import block_linears, narrow_bytes
-from .onnx_pieces import piece_count
+from .onnx_pieces import PIECE, piece_count
 from .reads import meta_modules, read_parameters
 
 
@@ -56,13 +56,13 @@ def plan_build(
         narrow = {f"{name}.weight" for name in in_fp8}
         read = read_parameters(graph, module).items()
         size = sum(narrow_bytes(tensor) if name in narrow else tensor.nbytes for name, tensor in read)
-        pieces = 1 if builder.process_memory is None else piece_count(size)
+        pieces = 1 if builder.process_memory is None else piece_count(size, graph.spec.donated_bytes)
         planned.append(PlannedGraph(graph.spec, graph.weights, size, pieces))
     loaded = sum(tensor.nbytes for module in modules.values() for tensor in module.parameters())
     memory = loaded + 2 * max(graph.bytes for graph in planned)
     if builder.process_memory is None:
         return Plan(profile.name, backend, precision, tuple(planned), memory)
-    largest = sorted((builder.process_memory(graph.bytes // graph.pieces) for graph in planned), reverse=True)
+    largest = sorted((builder.process_memory(min(graph.bytes, PIECE)) for graph in planned), reverse=True)
     return Plan(profile.name, backend, precision, tuple(planned), memory, sum(largest[:jobs]))
 
 

@@ -23,7 +23,7 @@ from .fp8 import SCALES, input_scales
 from .job import Job
 from .memory import check_memory
 from .onnx_file import onnx_versions, write_onnx
-from .onnx_pieces import piece_count, split_onnx
+from .onnx_pieces import PIECE, piece_count, split_onnx
 from .tensorrt_network import EngineJob
 
 RTX_ARCHS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -47,9 +47,9 @@ class TensorRTBuilder:
             raise SpecError(f"{job.graph.spec.name}: got a DiT in bf16, want one in fp8; call quantise_source first")
         onnx = write_onnx(job, folder)
         weights = sum(file.stat().st_size for file in folder.iterdir())
-        pieces = piece_count(weights)
+        pieces = piece_count(weights, job.graph.spec.donated_bytes)
         for index, piece in enumerate(split_onnx(onnx, pieces)):
-            check_memory(job.graph.spec.name, builder_memory(weights // pieces))
+            check_memory(job.graph.spec.name, builder_memory(min(weights, PIECE)))
             yield from run_process(self._engine_job(job, folder / f"model-{index:02d}.engine", piece), folder)
         for file in (*folder.glob("*.onnx"), *folder.glob("*.onnx.data")):
             file.unlink()

@@ -6,7 +6,7 @@ scratch memory goes back after the call. So the executables may be captured in a
 
 import importlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from ..engine.spec import Executable, Feed, GraphSpec, check_feed
 from .backend_cache import keep_folder
 from .backend_gpu import aligned, check_device, gpu_arch, gpu_index, gpu_precisions
 from .backend_names import output_names
+from .backend_parts import Kind, check_parts, run_parts
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-DTYPES = {
-    "BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32, "INT64": torch.int64, "BOOL": torch.bool
+DTYPES = {  # of all that a graph takes, gives, or hands from part to part
+    "BF16": torch.bfloat16, "HALF": torch.float16, "FLOAT": torch.float32, "FP8": torch.float8_e4m3fn,
+    "INT64": torch.int64, "INT32": torch.int32, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -93,9 +95,8 @@ class Engine:
             raise BundleError(f"{file}: got an engine that does not load ({said}), want one; build the bundle again")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         modes = {name: engine.get_tensor_mode(name) for name in names}
-        self.tensors = {
-            name: (tuple(engine.get_tensor_shape(name)), DTYPES.get(engine.get_tensor_dtype(name).name))
-            for name in names
+        self.tensors: dict[str, Kind] = {
+            name: (tuple(engine.get_tensor_shape(name)), DTYPES[engine.get_tensor_dtype(name).name]) for name in names
         }
         self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
@@ -120,19 +121,15 @@ class Engine:
         config.set_runtime_cache(self.cache)
         return engine.create_execution_context(config)
 
-    def run(self, given: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def run(self, given: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> None:
         """Queue the engine on the current stream."""
-        made = {}
-        for name in self.outputs:
-            shape, dtype = self.tensors[name]
-            made[name] = torch.empty(shape, dtype=dtype, device=device)
+        device = next(iter(made.values())).device
         scratch = torch.empty(max(self.scratch, 1), dtype=torch.uint8, device=device)  # free for others after the call
         self._context.set_device_memory(scratch.data_ptr(), self.scratch)
-        for name, tensor in (*((name, given[name]) for name in self.inputs), *made.items()):
+        for name, tensor in (*given.items(), *made.items()):
             self._context.set_tensor_address(name, tensor.data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream(device).cuda_stream):
             raise NumericsError(f"{self._engine.name}: got a refusal from TensorRT, want a run; see its log, report it")
-        return made
 
     def close(self) -> None:
         """Keep what was compiled for this GPU, for the next start, and free all."""
@@ -147,7 +144,7 @@ class Engine:
 
 
 class TensorRTExecutable:
-    """One graph run by its engines, one after another. Donated inputs are read only: engines cannot write in place."""
+    """One graph run by its engines, one after another."""
 
     def __init__(self, trt: Any, spec: GraphSpec, files: list[Path], device: torch.device) -> None:
         self.spec = spec
@@ -158,7 +155,10 @@ class TensorRTExecutable:
         with torch.cuda.device(self._device):
             runtime = trt.Runtime(logger)
             self._engines = [Engine(trt, runtime, file, errors) for file in files]
-        _check_engines(self._engines, spec, files)
+        wrong = check_parts(self._engines, spec, self._outputs)
+        if wrong is not None:
+            where = files[0].parent if files else "the bundle"
+            raise BundleError(f"{where}: got {wrong} as the profile has it; build the bundle again")
 
     def __call__(self, feed: Feed) -> dict[str, Tensor]:
         check_feed(self.spec, feed)
@@ -166,34 +166,11 @@ class TensorRTExecutable:
             raise RuntimeError(f"{self.spec.name}: called after close()")
         check_device(self.spec, feed, self._device)
         tensors = {name: aligned(tensor.contiguous()) for name, tensor in feed.items()}
-        last = {name: index for index, engine in enumerate(self._engines) for name in engine.inputs}
         with torch.cuda.device(self._device):
-            for index, engine in enumerate(self._engines):
-                tensors.update(engine.run(tensors, self._device))
-                for name in engine.inputs:
-                    if last[name] == index and name not in self._outputs:
-                        del tensors[name]
-        return {tensor.name: tensors[name] for tensor, name in zip(self.spec.outputs, self._outputs, strict=True)}
+            made = run_parts(self._engines, self.spec, tensors, self._outputs, self._device)
+        return {tensor.name: made[name] for tensor, name in zip(self.spec.outputs, self._outputs, strict=True)}
 
     def close(self) -> None:
         for engine in self._engines:
             engine.close()
         self._engines = []
-
-
-def _check_engines(engines: list[Engine], spec: GraphSpec, files: list[Path]) -> None:
-    """Refuse engines that do not take and give what the graph does."""
-    want = {tensor.name: (tensor.shape, tensor.dtype) for tensor in spec.inputs}
-    want |= {name: (t.shape, t.dtype) for name, t in zip(output_names(spec), spec.outputs, strict=True)}
-    got: dict[str, Any] = {}
-    for engine in engines:
-        got |= engine.tensors
-    different = [name for name, tensor in want.items() if got.get(name) != tensor]
-    made = {name for engine in engines for name in engine.outputs}
-    unknown = [name for engine in engines for name in engine.inputs if name not in want and name not in made]
-    if different or unknown:
-        name = (different or unknown)[0]
-        where = files[0].parent if files else "the bundle"
-        raise BundleError(
-            f"{where}: got {name} {got.get(name)}, want {want.get(name)} as the profile has it; build the bundle again"
-        )
