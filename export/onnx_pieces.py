@@ -14,7 +14,7 @@ from typing import Any
 from .onnx_file import require_onnx
 
 PIECE = 2 * 10**9  # bytes of weights that are compiled together, about
-CACHES = 3 * 10**9  # bytes of caches that one piece renews, about
+CACHES = 10**9  # bytes of caches that one piece renews, about
 RENEWALS = 4  # of the largest caches in a call: it runs the large stages of a VAE once for each frame of a block
 NEAR = 0.25  # of a piece: how far from equal pieces a cut may be, to find a narrow place
 

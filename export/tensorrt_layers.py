@@ -16,6 +16,7 @@ HEAD = re.compile(
 )
 TENSOR = re.compile(r"\{ Name: [^,]+, Dimensions: \[(?P<dims>[\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")
 NAMES = {"BFloat16": "bf16", "Half": "fp16", "Float": "fp32", "FP8": "fp8"}  # the log's dtypes by ours
 # How kernels are called: fused attention, and products and convolutions alone or with what follows them.
 ATTENTION = re.compile(r"_mha_")
@@ -46,6 +47,12 @@ class Wanted:
 def read_layers(log: Iterable[str]) -> list[Layer]:
     """The layers that the builder's messages list, in the order they run."""
     return [layer for message in log for line in message.splitlines() if (layer := _read_layer(line)) is not None]
+
+
+def read_scratch(log: Iterable[str]) -> int | None:
+    """Bytes of memory that the engine needs while it runs, beside its inputs, outputs and weights."""
+    found = [int(match[1]) for message in log for match in SCRATCH.finditer(message)]
+    return found[-1] if found else None
 
 
 def summarise(layers: Sequence[Layer]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from ..engine.manifest import Precision, write_text
 from ..engine.plain import to_plain
 from ..runtime.backend_tensorrt import make_logger, require_tensorrt
 from .failure import CompileError
-from .tensorrt_layers import NODE, Wanted, find_faults, read_layers, summarise
+from .tensorrt_layers import NODE, Wanted, find_faults, read_layers, read_scratch, summarise
 
 LARGEST_HEAD = 256  # fused attention has no kernels for wider ones, nor for fp32, nor for one head of a batch of one
 DTYPES = {"BF16": "bf16", "HALF": "fp16", "FLOAT": "fp32"}  # TensorRT's dtypes by ours
@@ -70,7 +70,8 @@ def build_engine(job: EngineJob) -> None:
         )
     Path(job.engine).write_bytes(plan)
     lines = ",\n".join(json.dumps(to_plain(layer)) for layer in layers)
-    write_text(Path(job.layers), f'{{"summary": {json.dumps(summarise(layers))}, "layers": [\n{lines}\n]}}\n')
+    head = json.dumps({"scratch": read_scratch(messages), "summary": summarise(layers)})[:-1]
+    write_text(Path(job.layers), f'{head}, "layers": [\n{lines}\n]}}\n')
     _keep_timing(config, job)
 
 
