@@ -1,11 +1,11 @@
 """What each part of segment-wise generation is worth: the same weights run in other ways, on the same clips."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.errors import ProfileError
 from ..engine.profile import Profile
@@ -21,17 +21,20 @@ NOTE = (
     "All variants run on the same weights, trained with M around 3, N around 1, context both ways and the reference "
     "on; another training could suit a variant better. Change is to the default on the same clips and noise. Seconds "
     "and peak memory are of Stage II (reference, denoising, decoding) per clip; memory is the device's on CUDA, "
-    "elsewhere all that is resident of the process. Stage transition on against off is missing: it wants two trainings."
+    "elsewhere all that is resident of the process. Two trainings, as with stage transition and without, are compared "
+    "by --compare."
 )
+MORE_STEPS = 4  # times as many: what distillation could at most bring, as it teaches few steps to do what many do
 
 
 @dataclass
 class Variant:
-    """One way to run Stage II. `refused` says why the profile cannot; then there are no rows."""
+    """One way to run Stage II, or another DiT for it. `refused` says why the profile cannot; then there are no rows."""
 
     name: str
     profile: Profile | None
     refused: str = ""
+    stage2: nn.Module | None = None  # in place of the profile's own
     rows: list[Row] = field(default_factory=list)
 
 
@@ -54,8 +57,8 @@ class AblationResult:
         return {"name": self.name, **shown, "peak_bytes": self.peak_bytes}
 
 
-def plan_variants(profile: Profile) -> list[Variant]:
-    """The profile itself, then what differs from it in one thing."""
+def plan_variants(profile: Profile, others: Mapping[str, nn.Module] | None = None) -> list[Variant]:
+    """The profile itself, then what differs from it in one thing; last, `others` in place of its second DiT."""
     changes: list[tuple[str, dict[str, Any]]] = [("default", {})]
     other = "one-way" if profile.context == "both" else "both"
     changes.append((f"context {other}", {"context": other}))
@@ -69,7 +72,9 @@ def plan_variants(profile: Profile) -> list[Variant]:
             variants.append(Variant(name, replace(profile, **change)))
         except ProfileError as error:
             variants.append(Variant(name, None, str(error)))
-    return variants
+    more = MORE_STEPS * profile.stage2.steps
+    variants.append(Variant(f"{more} steps", profile.override(stage2_steps=more)))
+    return variants + [Variant(name, profile, stage2=module) for name, module in (others or {}).items()]
 
 
 def run_variants(loaded: Loaded, variants: Sequence[Variant], clip: TruthClip, motion: Tensor) -> None:
@@ -78,7 +83,8 @@ def run_variants(loaded: Loaded, variants: Sequence[Variant], clip: TruthClip, m
     for variant in variants:
         if variant.profile is None:
             continue
-        with Session.open(replace(loaded, profile=variant.profile)) as session:
+        modules = loaded.modules if variant.stage2 is None else loaded.modules | {"stage2": variant.stage2}
+        with Session.open(replace(loaded, profile=variant.profile, modules=modules)) as session:
             made = generate(session, Request(clip.frames[0], clip.prompt, seed=clip.seed), motion)
         error, count = squared_error(made.frames, clip.frames)
         base = error if base is None else base

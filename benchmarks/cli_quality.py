@@ -12,12 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from ..engine.errors import MediaError, WeightsError
 from ..engine.presets import PROFILES, get_profile
+from ..engine.weights import fingerprint
 from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
 from ..runtime.image import reason
-from ..runtime.model_paths import find_models
+from ..runtime.model_paths import find_models, path_of
 from ..runtime.models import Loaded, load_models
 from ..runtime.sidecar import describe_profile, dtype_name, versions, write_json
 from ..training.photos import load_packed, load_split
@@ -45,6 +47,10 @@ UNTRAINED = "UNTRAINED weights: no number here says anything about the method."
 @click.option("--allow-missing", is_flag=True, help="Go on without the held-out photographs that are not here.")
 @click.option("--footage", type=PATH, multiple=True, help="A real video, measured as a group of its own; repeatable.")
 @click.option("--full", is_flag=True, help="Also the ablations, and all six prompts on every crop.")
+@click.option(
+    "--compare", multiple=True, metavar="NAME=FOLDER",
+    help="With --full, the Stage II of another folder of models, on the same clips; repeatable.",
+)  # fmt: skip
 @click.option("--export-vbench", type=PATH, help="Write the clips for VBench-I2V's custom input, into a new folder.")
 @click.option("--out", type=PATH, help="Folder for quality.html and quality.json.")
 @click.option("--untrained", is_flag=True, help="Run on untrained weights, to try the command.")
@@ -63,6 +69,7 @@ def quality(
     allow_missing: bool,
     footage: tuple[Path, ...],
     full: bool,
+    compare: tuple[str, ...],
     export_vbench: Path | None,
     out: Path | None,
     untrained: bool,
@@ -72,7 +79,10 @@ def quality(
     """Measure quality: PSNR, sharpness, seams, drift, prompt following, with intervals and gates."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     library("skimage")
+    if compare and not full:
+        raise click.UsageError("--compare: got no --full, want it, as the comparison is one of the ablations; add it")
     loaded = _load(profile_name, model_dir, device, dtype, untrained)
+    others = dict(_other(text, profile_name, model_dir, loaded) for text in compare)
     if packed is not None:
         photos = load_packed(packed, "held-out")
     else:
@@ -84,7 +94,7 @@ def quality(
     options = Options(clips, crops, seed, full)
     started = time.perf_counter()
     with _progress(console, work_steps(options, len(films)), quiet) as on_step:
-        report = run_quality(loaded, photos, options, films, on_step, export)
+        report = run_quality(loaded, photos, options, films, on_step, export, others)
     about = _about(loaded, photos, options, time.perf_counter() - started)
     if not loaded.trained:
         report.notes.insert(0, UNTRAINED)
@@ -124,6 +134,21 @@ def _load(profile_name: str, model_dir: Path | None, device: str, dtype: str, un
         )
     place, number = pick_device(device, dtype)
     return load_models(profile, paths, place, number, cache_folder())
+
+
+def _other(text: str, profile_name: str, model_dir: Path | None, loaded: Loaded) -> tuple[str, nn.Module]:
+    """The name and the second DiT of NAME=FOLDER, which must be for the latents of the models measured."""
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise click.UsageError(f"--compare: got {text!r}, want NAME=FOLDER, as short=runs/short/models; write it so")
+    profile = get_profile(profile_name)
+    here, there = find_models(profile, model_dir), find_models(profile, Path(folder))
+    if not here.trained or fingerprint(path_of(here, "vae2")) != fingerprint(path_of(there, "vae2")):
+        raise WeightsError(
+            f"--compare {name}: got another VAE of Stage II than that of the models measured, want the same, as its "
+            "DiT knows no other latents; train both on one"
+        )
+    return name, load_models(profile, there, loaded.device, loaded.dtype).modules["stage2"]
 
 
 def _make_folder(out: Path) -> None:

@@ -1,12 +1,13 @@
 """The quality case: clips are made and measured one by one, so that memory is that of one."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..runtime.models import Loaded
 from ..runtime.session import Request, Session
@@ -87,10 +88,14 @@ def run_quality(
     footage: Sequence[tuple[str, np.ndarray]] = (),
     on_step: OnStep = lambda _: None,
     on_clip: OnClip | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> Report:
-    """Measure the models on photographs uint8 [h, w, 3], and on footage as (name, frames [T, H, W, 3])."""
+    """Measure the models on photographs uint8 [h, w, 3], and on footage as (name, frames [T, H, W, 3]).
+
+    `others` are DiTs that the ablations compare with the second one, by name.
+    """
     report, rows = Report(notes=list(NOTES)), dict[Group, list[Row]]()
-    variants = plan_variants(loaded.profile) if options.full else []
+    variants = plan_variants(loaded.profile, others) if options.full else []
     with Session.open(loaded) as session:
         case = _Case(session, loaded, stage_one(loaded), photos, options, report, on_step)
         drawn = (truth_clip(photos, loaded.profile, options.seed, index) for index in range(options.clips))

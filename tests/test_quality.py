@@ -15,6 +15,7 @@ from swifti2v.benchmarks.page import render, write_page
 from swifti2v.benchmarks.quality import Options, Report, run_quality, work_steps
 from swifti2v.benchmarks.quality_clips import photo_crop, shrink, truth_clip, whole_photo
 from swifti2v.benchmarks.vbench import VBenchExport
+from swifti2v.engine.dit import DiT
 from swifti2v.engine.errors import MediaError, ProfileError
 from swifti2v.engine.profile import Profile
 from swifti2v.runtime.conditioning import Embeddings
@@ -119,24 +120,27 @@ def test_variants_are_what_the_profile_allows(short: Profile, tiny: Profile):
     names = [variant.name for variant in plan_variants(tiny)]
     assert names == [
         "default", "context one-way", "N = 0", "N = 2", "M = 1", "M = 5", "reference off", "full sequence",
+        "16 steps",
     ]  # fmt: skip
     assert not any(variant.refused for variant in plan_variants(tiny))
     refused = {variant.name: variant.refused for variant in plan_variants(short) if variant.refused}
     assert set(refused) == {"M = 5", "N = 2"}
-    full = plan_variants(tiny)[-1].profile
+    *_, full, _ = (variant.profile for variant in plan_variants(tiny))
     assert full is not None
     assert full.windows == (9,)
 
 
 def test_variants_run_on_the_same_clip_and_differ(loaded: Loaded):
-    variants = plan_variants(loaded.profile)
+    other = DiT(loaded.profile.stage2.dit).eval()
+    variants = plan_variants(loaded.profile, {"other": other, "itself": loaded.modules["stage2"]})
     clip = truth_clip(PHOTOS, loaded.profile, 0, 0)
     motion = transition_motion(stage_one(loaded), clip)
     run_variants(loaded, variants, clip, motion)
     results = {item.name: item for item in variant_results(variants, 0)}
     assert results["default"].values["psnr_change_db"][0] == 0
     change = {name: item.values["psnr_change_db"][0] for name, item in results.items() if not item.refused}
-    assert all(value != 0 for name, value in change.items() if name != "default")
+    assert change.pop("default") == change.pop("itself") == 0
+    assert all(change.values())
     assert np.isnan(results["full sequence"].values["seam_ratio"][0])  # it has no seams
     assert results["M = 5"].as_json().keys() == {"name", "refused"}
     assert results["default"].as_json()["seconds"]["mean"] > 0

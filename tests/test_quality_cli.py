@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,20 @@ def test_the_table_without_json():
     assert "seam ratio" in done.stdout
     assert "miss by" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path):
+    """Without --full it would go unused, and on another VAE's latents a DiT knows nothing."""
+    shipped = Path(__file__).parents[1] / "weights" / "nano"
+    shutil.copytree(shipped, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "vae2")
+    shutil.copytree(shipped / "vae1", tmp_path / "other" / "vae2")
+    quick = ["quality", "--clips", 1, "--crops", 1, "--allow-missing"]
+    for arguments, code, words in (
+        (["--compare", f"other={shipped}"], 2, "--compare: got no --full"),
+        (["--full", "--compare", "other"], 2, "want NAME=FOLDER"),
+        (["--full", "--compare", f"other={tmp_path / 'other'}"], 1, "other: got another VAE of Stage II"),
+    ):
+        done = bench(*quick, *arguments)
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
