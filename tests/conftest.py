@@ -1,11 +1,12 @@
 """What tests share: tiny real models, every parameter random, on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from capi_support import opened
 from hypothesis import HealthCheck, settings
 from torch import nn
 
@@ -15,6 +16,7 @@ from swifti2v.engine.profile import Profile
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.engine.weights import save_dit, save_vae, save_words
+from swifti2v.runtime import capi
 from swifti2v.runtime.backend_eager import open_eager
 from swifti2v.runtime.prompts import WordPrompts
 from swifti2v.runtime.session import Session
@@ -106,3 +108,18 @@ def save_models(make_modules):
         return folder
 
     return save
+
+
+@pytest.fixture(scope="module")
+def shared_handle() -> Iterator[int]:
+    """A session of the flat calls that a module's tests share."""
+    handle = opened()
+    yield handle
+    capi.destroy(handle)
+
+
+@pytest.fixture
+def handle(shared_handle: int) -> Iterator[int]:
+    """A session without a request on its way."""
+    yield shared_handle
+    capi.cancel(shared_handle)
