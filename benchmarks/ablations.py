@@ -64,6 +64,7 @@ def plan_variants(profile: Profile, others: Mapping[str, nn.Module] | None = Non
     changes.append((f"context {other}", {"context": other}))
     changes += [(f"N = {n}", {"neighbours": n}) for n in (0, 1, 2) if n != profile.neighbours]
     changes += [(f"M = {m}", {"noisy": m}) for m in (1, 3, 5) if m != profile.noisy]
+    changes.append(("context reused", {"reuse_context": True}))
     changes.append(("reference off", {"reference": False}))
     changes.append(("full sequence", {"noisy": profile.blocks - 1, "neighbours": 0}))
     variants = []

@@ -15,7 +15,7 @@ from ..engine.manifest import EAGER_PRECISIONS
 from ..engine.presets import PROFILES, get_profile
 from ..runtime.acceleration import KERNEL_CHOICES, KernelChoice, can_fuse
 from ..runtime.backend_registry import BACKENDS
-from ..runtime.cli_options import PATH, Device, Size, cache_folder, pick_device
+from ..runtime.cli_options import PATH, REUSE_HELP, Device, Size, cache_folder, pick_device
 from ..runtime.devices import best_dtype
 from ..runtime.sidecar import write_json
 from .accelerated import captured_variant, fused_variant
@@ -41,6 +41,7 @@ def speed_command(case: str) -> click.Command:
         click.Option(["--frames"], type=int, help="Length, 4k+1 frames."),
         click.Option(["--size"], type=Size(), help="Final size in pixels, such as 384x256."),
         click.Option(["--stage2-steps"], type=int, help="Steps of Stage II."),
+        click.Option(["--reuse-context"], is_flag=True, help=REUSE_HELP),
         click.Option(["--model-dir"], type=PATH, help="Folder with weights; the shipped ones, or random ones if none."),
         click.Option(["--device"], type=Device(), default="auto", show_default=True, help="auto, cpu, cuda ..."),
         click.Option(
@@ -150,6 +151,7 @@ def _open(
     frames: int | None,
     size: tuple[int, int] | None,
     stage2_steps: int | None,
+    reuse_context: bool,
     model_dir: Path | None,
     dtypes: tuple[str, ...],
     bundles: tuple[Path, ...],
@@ -162,7 +164,9 @@ def _open(
     """What is compared: peers first, then eager, torch.compile, bundles; ratios are to the first."""
     if case == "cpu-nano" and (profile_name not in ("nano", "tiny") or device.type != "cpu"):
         raise ProfileError(f"cpu-nano: got {profile_name} on {device.type}, want nano on cpu; use the other cases")
-    profile = get_profile(profile_name).override(frames=frames, size=size, stage2_steps=stage2_steps)
+    profile = get_profile(profile_name).override(
+        frames=frames, size=size, stage2_steps=stage2_steps, reuse_context=reuse_context
+    )
     models = open_models(profile, model_dir, device)
     numbers = [EAGER_PRECISIONS[name] for name in dtypes] or ([] if bundles else [best_dtype(device)])
     narrow = numbers[-1] if numbers else best_dtype(device)

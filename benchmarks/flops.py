@@ -56,7 +56,6 @@ def clip_calls(profile: Profile) -> Stages:
     first["image_first"] += 1
     first["image_next"] += blocks - 1 if profile.image_channels else 0
     steps = len(stage_sigmas(stage2, profile.stage2_start))
-    forwards = steps * _passes(stage2.guidance)
     segments = len(plan_segments(blocks, profile.noisy, profile.neighbours))
     stages = {
         "prompt": Counter({"stage2_time": steps, "stage2_text": _passes(stage2.guidance)}),
@@ -64,10 +63,17 @@ def clip_calls(profile: Profile) -> Stages:
         "reference": Counter(
             {"motion_first": 1, "reference_first": 1, "motion_next": blocks - 1, "reference_next": blocks - 1}
         ),
-        "denoise": Counter({"stage2_first": forwards, "stage2_next": forwards * (segments - 1)}),
+        "denoise": _denoise_calls(profile, steps, segments, _passes(stage2.guidance)),
         "decode": Counter({"decode_first": 1, "decode_next": blocks - 1}),
     }
     return {stage: +calls for stage, calls in stages.items()}
+
+
+def _denoise_calls(profile: Profile, steps: int, segments: int, passes: int) -> Counter[str]:
+    first, later = (1, steps - 1) if profile.reuse_context else (steps, 0)
+    calls = {"stage2_first": first, "stage2_first_later": later}
+    calls |= {"stage2_next": first * (segments - 1), "stage2_next_later": later * (segments - 1)}
+    return Counter({name: count * passes for name, count in calls.items()})
 
 
 def clip_flops(profile: Profile) -> dict[str, int]:

@@ -63,19 +63,21 @@ def dit_items(bench: Bench, stage: Literal["stage1", "stage2"]) -> list[Item]:
         names = [f"stage1_{expert}_step" if expert else "stage1_step" for expert in config.experts]
     else:
         names = [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), bench.profile.windows, strict=False)]
+        names += [f"{name}_later" for name in names if bench.profile.reuse_context]
     return [_dit_item(bench, name, config) for name in names]
 
 
 def _dit_item(bench: Bench, name: str, stage: StageConfig) -> Item:
     works, dtypes, models = {}, {}, bench.models
-    weights = name.rpartition("_")[0]
+    weights, later = weights_of(name), name.endswith("_later")
     blocks, noisy = window_of(bench.profile, name)
-    shape = (1, stage.dit.in_channels, blocks, stage.latent_height, stage.latent_width)
+    taken = noisy if later else blocks
+    shape = (1, stage.dit.in_channels, taken, stage.latent_height, stage.latent_width)
     text = random((1, stage.dit.text_len, stage.dit.text_dim), torch.float32, models.device, 1)
     image = None
     if stage.dit.image_dim:
         image = random((1, stage.dit.image_tokens, stage.dit.image_dim), torch.float32, models.device, 2)
-    for peer in bench.peers:
+    for peer in () if later else bench.peers:  # they know no context of an earlier step
         ours = cast(DiT, models.module(weights, torch.float32))
         steps = torch.full((1, blocks), SIGMA * TIMESTEPS, device=models.device)
         steps[:, : blocks - noisy] = 0
@@ -92,21 +94,28 @@ def _dit_item(bench: Bench, name: str, stage: StageConfig) -> Item:
 
 def step_call(variant: Variant, name: str, latents: Tensor, text: Tensor, image: Tensor | None) -> Callable[[], Tensor]:
     """A forward of a step graph on a window of `latents`; tables and text keys are ready, as they are in a clip."""
-    graph, weights = variant.graphs[name], name.rpartition("_")[0]
+    graph, weights = variant.graphs[name], weights_of(name)
     tokens = None if image is None else image.to(variant.dtype)
     conditions = dit_conditions(variant.graphs, weights, (SIGMA,), text.to(variant.dtype), image_tokens=tokens)
     blocks, noisy = window_of(variant.profile, name)
     stage = stage_of(variant.profile, weights)
     feed = window_feed(graph, range(blocks), blocks - noisy, stage.dit.head_dim, latents.device)
+    context = [tensor for tensor in graph.spec.inputs if tensor.name.startswith("context_")]
+    feed |= {tensor.name: random(tensor.shape, tensor.dtype, latents.device) for tensor in context}
     full = {"latents": latents, **feed, **conditions.tables[0], **conditions.text}
     return lambda: graph(full)["velocity"]
+
+
+def weights_of(name: str) -> str:
+    """The weights of a step graph."""
+    return "stage2" if name.startswith("stage2") else name.removesuffix("_step")
 
 
 def window_of(profile: Profile, name: str) -> tuple[int, int]:
     """Blocks of a step graph's window, and how many of them are noisy."""
     if not name.startswith("stage2"):
         return profile.blocks, profile.blocks - (0 if profile.image_channels else 1)
-    return profile.windows[0 if name.endswith("first") else 1], profile.noisy
+    return profile.windows[0 if name.startswith("stage2_first") else 1], profile.noisy
 
 
 def vae_items(bench: Bench, direction: Literal["encode", "decode"]) -> list[Item]:

@@ -10,7 +10,7 @@ from ..engine.calls import dit_conditions
 from ..engine.profile import Profile
 from ..engine.sampler import block_noise, stage_sigmas
 from ..engine.segments import plan_segments
-from ..engine.stage2 import denoise_segment
+from ..engine.stage2 import denoise_segment, window_graphs
 from ..engine.state import SegmentState
 from .clips import Runs, open_session, sample_request
 from .clock import Samples, Timing, Work, time_in_turns
@@ -117,10 +117,10 @@ def denoise_work(one: Runs) -> Work:
         state = SegmentState(0, anchor, empty, empty, (), (), ())
         for segment in plan_segments(profile.blocks, profile.noisy, profile.neighbours):
             with session.timings.phase("denoise"):
-                graph = session.graphs["stage2_first" if segment.index == 0 else "stage2_next"]
+                graphs = window_graphs(session.graphs, segment)
                 blocks = reference[:, :, segment.noisy[0] : segment.noisy[-1] + 1]
                 noise = block_noise(0, 2, segment.noisy, cells).to(device)
-                _, state = denoise_segment(graph, profile, segment, state, conditions, blocks, noise, sigmas)
+                _, state = denoise_segment(graphs, profile, segment, state, conditions, blocks, noise, sigmas)
 
     return Work(call, one.start, one.stop)
 

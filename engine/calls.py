@@ -44,27 +44,44 @@ def window_feed(
 ) -> dict[str, Tensor]:
     """What a step graph reads that is constant for one window: block rows, RoPE tables, and the mask if it has one.
 
-    `positions` are the blocks' time positions, the first `clean` of them conditioning blocks.
+    `positions` are the blocks' time positions, the first `clean` of them conditioning blocks. A graph that reads the
+    context's keys and values takes the window's last blocks alone.
     """
     shape = {tensor.name: tensor.shape for tensor in graph.spec.inputs}
-    height, width = shape["latents"][3] // 2, shape["latents"][4] // 2
-    cos, sin = rope_tables(head_dim, positions, height, width)
-    rows = torch.tensor([[int(index >= clean) for index in range(len(positions))]])  # [1, T]
-    feed = {"rows": rows.to(device), "cos": cos.to(device), "sin": sin.to(device)}
+    taken, height, width = shape["latents"][2], shape["latents"][3] // 2, shape["latents"][4] // 2
+    cos, sin = rope_tables(head_dim, positions[-taken:], height, width)
+    rows = torch.tensor([int(index >= clean) for index in range(len(positions))])  # [T]
+    feed = {"rows": rows[None, -taken:].to(device), "cos": cos.to(device), "sin": sin.to(device)}
     if "mask" in shape:
-        token_rows = feed["rows"][0].repeat_interleave(height * width)  # [T] -> [L]
-        feed["mask"] = token_rows[:, None] >= token_rows[None, :]  # clean tokens do not see noisy ones
+        token_rows = rows.repeat_interleave(height * width)  # [T] -> [L]
+        # Clean tokens do not see noisy ones.
+        mask = token_rows[-taken * height * width :, None] >= token_rows[None, :]
+        feed["mask"] = mask.to(device)
     return feed
 
 
-def guided_velocity(graph: Executable, conditions: Conditions, step: int, feed: Feed) -> Tensor:
-    """Velocity fp32 [1, C, T, H, W] at a step, with classifier-free guidance where the conditions ask for it."""
+Kept = tuple[Feed, Feed]  # what a step hands to later ones, for the prompt and for the negative prompt
+NOTHING: Kept = ({}, {})
+
+
+def guided_velocity(
+    graph: Executable, conditions: Conditions, step: int, feed: Feed, kept: Kept = NOTHING
+) -> tuple[Tensor, Kept]:
+    """Velocity fp32 [1, C, T, H, W] at a step, with classifier-free guidance where the conditions ask for it.
+
+    `kept` are more inputs of the graph, a set for each prompt; what it makes beside the velocity comes back so too.
+    """
     constant = {**feed, **conditions.tables[step]}
-    velocity = graph({**constant, **conditions.text})["velocity"].float()
+    velocity, made = _velocity(graph, {**constant, **kept[0], **conditions.text})
     if conditions.negative is None:
-        return velocity
-    negative = graph({**constant, **conditions.negative})["velocity"].float()
-    return negative + conditions.guidance * (velocity - negative)
+        return velocity, (made, {})
+    negative, made_negative = _velocity(graph, {**constant, **kept[1], **conditions.negative})
+    return negative + conditions.guidance * (velocity - negative), (made, made_negative)
+
+
+def _velocity(graph: Executable, feed: Feed) -> tuple[Tensor, Feed]:
+    made = graph(feed)
+    return made["velocity"].float(), {name: tensor for name, tensor in made.items() if name != "velocity"}
 
 
 def stream_call(graphs: Executables, name: str, x: Tensor, cache: VaeCache) -> tuple[Tensor, VaeCache]:

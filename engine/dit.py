@@ -37,6 +37,20 @@ class TextKV:
         return self.k[index], self.v[index], self.image_k[index], self.image_v[index]
 
 
+@dataclass(frozen=True)
+class ContextKV:
+    """Keys and values that a window's first tokens had in an earlier step, for every layer: as TextKV."""
+
+    k: Tensor
+    v: Tensor
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.k[index], self.v[index]
+
+
+KeysValues = tuple[Tensor, Tensor]  # of one layer: [B, heads, tokens, D/heads] each
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the whole width, all heads together."""
 
@@ -76,13 +90,32 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention within the window, in both directions unless a mask says otherwise."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, queries: int) -> Tensor:
-        """x [B, L, D], the last `queries` tokens ask -> [B, queries, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        queries: int,
+        context: KeysValues | None = None,
+        made: list[KeysValues] | None = None,
+    ) -> Tensor:
+        """x [B, L, D], the last `queries` tokens ask -> [B, queries, D].
+
+        `context` are keys and values of C tokens before these, which are not in x; a mask is [queries, C+L] then. Keys
+        and values of x are added to `made`.
+        """
         q = self.normed(self.q(x[:, -queries:]), self.norm_q, cos[-queries:], sin[-queries:])
         k = self.normed(self.k(x), self.norm_k, cos, sin)
         v = self.split(self.v(x))
-        # A mask is for comparisons; only PyTorch's own attention takes one.
-        y = self.kernels.attend(q, k, v) if mask is None else attention(q, k, v, mask).transpose(1, 2)
+        if made is not None:
+            made.append((k, v))
+        if mask is None:
+            y = self.kernels.attend(q, k, v, *(context or ()))
+        else:  # for comparisons; only PyTorch's own attention takes one
+            if context is not None:
+                k, v = torch.cat((context[0], k), dim=2), torch.cat((context[1], v), dim=2)  # [B, heads, C+L, D/heads]
+            y = attention(q, k, v, mask).transpose(1, 2)
         return self.o(y.flatten(2))  # [B, queries, heads, D/heads] -> [B, queries, D]
 
 
@@ -136,15 +169,17 @@ class Block(nn.Module):
         kv: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         mask: Tensor | None,
         keep: int,
+        context: KeysValues | None = None,
+        made: list[KeysValues] | None = None,
     ) -> Tensor:
-        """x [B, T, S, D], rows [B, T, 6, D] -> [B, keep, S, D]."""
+        """x [B, T, S, D], rows [B, T, 6, D] -> [B, keep, S, D]; context and made as self-attention has them."""
         tokens = keep * x.shape[2]
         shift1, scale1, _, _, _, _ = rows.unbind(2)  # each [B, T, D]
         _, _, gate1, shift2, scale2, gate2 = rows[:, -keep:].unbind(2)  # each [B, keep, D]
         y = self.kernels.modulated_norm(x, scale1, shift1, self.eps).flatten(1, 2)  # [B, T, S, D] -> [B, L, D]
         x = x[:, -keep:]
         shape = x.shape
-        y = self.self_attn(y, *rope, mask, tokens).view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
+        y = self.self_attn(y, *rope, mask, tokens, context, made).view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
         x, y = self.kernels.residual_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps)
         y = self.cross_attn(y.flatten(1, 2), *kv).view(shape)  # [B, keep*S, D] -> [B, keep, S, D]
         x, y = self.kernels.residual_norm(x, y, None, scale2, shift2, self.eps)
@@ -239,11 +274,15 @@ class DiT(nn.Module):
         text: TextKV,
         mask: Tensor | None = None,
         keep: int | None = None,
+        context: ContextKV | None = None,
+        made: list[KeysValues] | None = None,
     ) -> Tensor:
         """Velocity of the last `keep` blocks (all by default).
 
         latents [B, C_in, T, H, W]; modulation [N, R, 6, D] and head_modulation [R, 2, D] fp32; rows int64 [B, T], the
-        modulation row of every block; rope cos and sin fp32 [L, D/heads/2]; mask bool [L, L], true = may attend.
+        modulation row of every block; rope cos and sin fp32 [L, D/heads/2]; mask bool [L, L], true = may attend. With
+        `context`, keys and values of C tokens, the window's first blocks are left out of all of these, and a mask is
+        [L, C+L]. Each layer's keys and values are added to `made`.
         Returns [B, C_out, keep, H, W]. The last layer computes the kept blocks only, which changes no value.
         """
         batch, _, blocks, height, width = latents.shape
@@ -255,7 +294,8 @@ class DiT(nn.Module):
             layer_rows = modulation[index].index_select(0, flat).unflatten(0, (batch, blocks))  # [B, T, 6, D]
             kept = keep if index == last else blocks
             layer_mask = mask if mask is None or index < last else mask[-keep * x.shape[2] :]
-            x = block(x, layer_rows, rope, text.layer(index), layer_mask, kept)
+            before = None if context is None else context.layer(index)
+            x = block(x, layer_rows, rope, text.layer(index), layer_mask, kept, before, made)
         head_rows = head_modulation.index_select(0, flat).unflatten(0, (batch, blocks))  # [B, T, 2, D]
         x = self.head(x, head_rows[:, -keep:])
         x = x.unflatten(2, (height // 2, width // 2)).unflatten(-1, (2, 2, -1))  # [B, keep, H/2, W/2, 2, 2, C]

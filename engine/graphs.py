@@ -11,7 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .dit import DiT, TextKV
+from .dit import ContextKV, DiT, KeysValues, TextKV
 from .profile import DiTConfig, Profile, StageConfig, VAEConfig
 from .spec import GraphSpec, TensorSpec
 from .vae import VAE
@@ -58,14 +58,28 @@ class TextGraph(nn.Module):
         return kv.k, kv.v, kv.image_k, kv.image_v
 
 
+@dataclass(frozen=True)
+class StepKind:
+    """What a step graph takes and gives beside a DiT's usual tensors: a mask, and keys and values of the window's first
+    `context` tokens, which it gives, or `reads` instead of the tokens."""
+
+    masked: bool = False
+    context: int = 0
+    reads: bool = False
+
+    @property
+    def gives(self) -> bool:
+        return self.context > 0 and not self.reads
+
+
 class StepGraph(nn.Module):
     """One forward of a DiT, giving the velocity of the last `keep` blocks."""
 
-    def __init__(self, dit: DiT, keep: int, masked: bool) -> None:
+    def __init__(self, dit: DiT, keep: int, kind: StepKind) -> None:
         super().__init__()
         self.dit = dit
         self.keep = keep
-        self.masked = masked
+        self.kind = kind
 
     def forward(
         self,
@@ -77,11 +91,17 @@ class StepGraph(nn.Module):
         head_modulation: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        mask, kv = (rest[0], rest[1:]) if self.masked else (None, rest)
+        mask, rest = (rest[0], rest[1:]) if self.kind.masked else (None, rest)
+        context, kv = (ContextKV(*rest[:2]), rest[2:]) if self.kind.reads else (None, rest)
+        made: list[KeysValues] | None = [] if self.kind.gives else None
         velocity = self.dit(
-            latents, modulation, head_modulation, rows, (cos, sin), TextKV(*kv), mask=mask, keep=self.keep
+            latents, modulation, head_modulation, rows, (cos, sin), TextKV(*kv), mask, self.keep, context, made
         )
-        return (velocity,)
+        if made is None:
+            return (velocity,)
+        first = self.kind.context
+        k, v = (torch.stack([tensor[:, :, :first] for tensor in each]) for each in zip(*made, strict=True))
+        return velocity, k, v  # k and v [N, B, heads, context tokens, D/heads]
 
 
 class VaeGraph(nn.Module):
@@ -106,11 +126,10 @@ def profile_graphs(profile: Profile, dtype: torch.dtype) -> dict[str, Graph]:
     for expert in stage1.experts:
         name = f"stage1_{expert}" if expert else "stage1"
         graphs += _text_graphs(name, stage1.dit, dtype)
-        graphs.append(_step_graph(f"{name}_step", name, stage1, profile.blocks, profile.blocks, False, dtype))
+        graphs.append(_step_graph(f"{name}_step", name, stage1, profile.blocks, profile.blocks, StepKind(), dtype))
     graphs += _text_graphs("stage2", stage2.dit, dtype)
-    masked = profile.context == "one-way"
     for suffix, window in zip(("first", "next"), profile.windows, strict=False):
-        graphs.append(_step_graph(f"stage2_{suffix}", "stage2", stage2, window, profile.noisy, masked, dtype))
+        graphs += _window_graphs(f"stage2_{suffix}", profile, window, dtype)
     graphs += _vae_graphs("image", "vae1", stage1, "encode", dtype)
     graphs += _vae_graphs("motion", "vae1", stage1, "decode", dtype)
     graphs += _vae_graphs("reference", "vae2", stage2, "encode", dtype)
@@ -161,11 +180,27 @@ def _kv_specs(dit: DiTConfig, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     )
 
 
+def _window_graphs(name: str, profile: Profile, window: int, dtype: torch.dtype) -> list[Graph]:
+    """The step of one window, and where the context is reused that of its later steps, on the last M blocks alone."""
+    stage, noisy, masked = profile.stage2, profile.noisy, profile.context == "one-way"
+    if not profile.reuse_context:
+        return [_step_graph(name, "stage2", stage, window, noisy, StepKind(masked), dtype)]
+    context = (window - noisy) * stage.block_tokens
+    return [
+        _step_graph(name, "stage2", stage, window, noisy, StepKind(masked, context), dtype),
+        _step_graph(f"{name}_later", "stage2", stage, noisy, noisy, StepKind(masked, context, reads=True), dtype),
+    ]
+
+
 def _step_graph(
-    name: str, weights: str, stage: StageConfig, blocks: int, keep: int, masked: bool, dtype: torch.dtype
+    name: str, weights: str, stage: StageConfig, blocks: int, keep: int, kind: StepKind, dtype: torch.dtype
 ) -> Graph:
+    """The step on `blocks` blocks, of which the last `keep` get a velocity."""
     dit, height, width = stage.dit, stage.latent_height, stage.latent_width
     tokens = blocks * stage.block_tokens
+    before = kind.context if kind.reads else 0
+    context_shape = (dit.layers, 1, dit.heads, kind.context, dit.head_dim)
+    context = tuple(TensorSpec(f"context_{part}", "N B heads L D", context_shape, dtype) for part in ("k", "v"))
     inputs = [
         TensorSpec("latents", "B C T H W", (1, dit.in_channels, blocks, height, width), dtype),
         TensorSpec("rows", "B T", (1, blocks), torch.int64),
@@ -173,11 +208,14 @@ def _step_graph(
         TensorSpec("sin", "L D", (tokens, dit.head_dim // 2), torch.float32),
         *_table_specs(dit),
     ]
-    if masked:
-        inputs.append(TensorSpec("mask", "L L", (tokens, tokens), torch.bool))
+    if kind.masked:
+        inputs.append(TensorSpec("mask", "L L", (tokens, before + tokens), torch.bool))
+    if kind.reads:
+        inputs += context
     velocity = TensorSpec("velocity", "B C T H W", (1, dit.out_channels, keep, height, width), dtype)
-    spec = GraphSpec(name, (*inputs, *_kv_specs(dit, dtype)), (velocity,))
-    return Graph(spec, weights, lambda module, _: StepGraph(cast(DiT, module), keep, masked))
+    outputs = (velocity, *context) if kind.gives else (velocity,)
+    spec = GraphSpec(name, (*inputs, *_kv_specs(dit, dtype)), outputs)
+    return Graph(spec, weights, lambda module, _: StepGraph(cast(DiT, module), keep, kind))
 
 
 def _vae_graphs(name: str, weights: str, stage: StageConfig, direction: Direction, dtype: torch.dtype) -> list[Graph]:

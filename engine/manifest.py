@@ -287,4 +287,5 @@ def _overrides(profile: Profile) -> list[str]:
     ]
     if (profile.width, profile.height) != (named.width, named.height):
         words.append(f"--size {profile.width}x{profile.height}")
+    words += ["--reuse-context"] if profile.reuse_context else []
     return words

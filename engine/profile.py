@@ -132,6 +132,7 @@ class Profile:
     noisy: int = 3  # M: blocks made at once
     neighbours: int = 1  # N: clean blocks before them
     context: Context = "both"  # `one-way`: clean blocks do not see the noisy ones
+    reuse_context: bool = False  # later steps read the clean blocks' keys and values of a segment's first step
     positions: Positions = "absolute"  # `window`: block positions count from 0 in every window
     reference: bool = True  # False: the reference channels are zero (an ablation)
     stage2_init: Stage2Init = "noise"  # `reference`: start from the noised reference (SDEdit)
@@ -196,6 +197,7 @@ class Profile:
         shift: float | None = None,
         stage1_guidance: float | None = None,
         stage2_guidance: float | None = None,
+        reuse_context: bool | None = None,
     ) -> "Profile":
         """This profile with other numbers; None keeps. `size` is the final (width, height) in pixels."""
         stage1, stage2 = self.stage1, self.stage2
@@ -206,7 +208,7 @@ class Profile:
             stage2 = replace(stage2, width=size[0], height=size[1])
         stage1 = _with_schedule(stage1, stage1_steps, shift, stage1_guidance)
         stage2 = _with_schedule(stage2, stage2_steps, shift, stage2_guidance)
-        changes = {"frames": frames, "noisy": noisy, "neighbours": neighbours}
+        changes = {"frames": frames, "noisy": noisy, "neighbours": neighbours, "reuse_context": reuse_context}
         kept = {name: value for name, value in changes.items() if value is not None}
         return replace(self, stage1=stage1, stage2=stage2, **kept)
 

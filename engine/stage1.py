@@ -61,7 +61,7 @@ def run_stage1(
 
     def velocity(x: Tensor, step: int) -> Tensor:
         latents = torch.cat((x, condition), dim=1) if profile.image_channels else torch.cat((condition, x), dim=2)
-        value = guided_velocity(experts[step], conditions[step], step, {"latents": latents.to(dtype), **feed})
+        value, _ = guided_velocity(experts[step], conditions[step], step, {"latents": latents.to(dtype), **feed})
         return value[:, :, clean:]
 
     x = euler_sample(velocity, noise[:, :, clean:], sigmas, on_step)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .calls import Executables, guided_velocity, stream_call, window_feed
+from .calls import NOTHING, Executables, guided_velocity, stream_call, window_feed
 from .profile import Profile
 from .reference import reference_blocks, reference_first
 from .sampler import block_noise, euler_sample
@@ -24,7 +24,7 @@ def start_state(graphs: Executables, image: Tensor, motion: Tensor) -> SegmentSt
 
 
 def denoise_segment(
-    graph: Executable,
+    graphs: Sequence[Executable],
     profile: Profile,
     segment: Segment,
     state: SegmentState,
@@ -36,8 +36,9 @@ def denoise_segment(
 ) -> tuple[Tensor, SegmentState]:
     """The latents of one segment's noisy blocks fp32 [1, C2, m, H, W], and the state with them in it.
 
-    `graph` is the step graph of this window's length; reference and noise belong to the noisy blocks [1, C2, m, H, W].
-    Clean blocks enter with their final latents at timestep 0 and leave unchanged.
+    Reference and noise belong to the noisy blocks [1, C2, m, H, W]. Clean blocks enter with their final latents at
+    timestep 0 and leave unchanged; where the profile reuses the context, later steps read the keys and values that they
+    had in the first. `graphs` has the step graphs of this window's length: window_graphs.
     """
     context, made = len(segment.context), len(segment.noisy)
     clean = torch.cat((state.anchor, _last(state.latents, context)), dim=2)  # [1, C2, 1+context, H, W]
@@ -45,26 +46,40 @@ def denoise_segment(
     if not profile.reference:
         channels = torch.zeros_like(channels)
     positions = segment.window if profile.positions == "absolute" else range(len(segment.window))
-    feed = window_feed(graph, positions, segment.clean, profile.stage2.dit.head_dim, noise.device)
-    dtype = graph.spec.inputs[0].dtype
+    feeds = [
+        window_feed(graph, positions, segment.clean, profile.stage2.dit.head_dim, noise.device) for graph in graphs
+    ]
+    given, kept = graphs[0].spec.inputs[0], NOTHING
 
     def velocity(x: Tensor, step: int) -> Tensor:
+        nonlocal kept
         latents = torch.cat((clean, x), dim=2)  # [1, C2, T, H, W]
         if profile.concatenated:
             latents = torch.cat((latents, channels), dim=1)  # [1, 2*C2, T, H, W]
-        return _last(guided_velocity(graph, conditions, step, {"latents": latents.to(dtype), **feed}), made)
+        later = step > 0 and len(graphs) > 1
+        graph, feed = graphs[later], feeds[later]
+        latents = _last(latents, graph.spec.inputs[0].shape[2]).to(given.dtype)
+        value, made_here = guided_velocity(graph, conditions, step, {"latents": latents, **feed}, kept)
+        kept = kept if later else made_here
+        return _last(value, made)
 
     start = noise
     if profile.stage2_init == "reference":
         start = (1 - sigmas[0]) * reference + sigmas[0] * noise
     latents = euler_sample(velocity, start, sigmas, on_step)
-    kept = profile.neighbours + profile.noisy - 1  # as far back as a short last segment reaches
+    back = profile.neighbours + profile.noisy - 1  # as far back as a short last segment reaches
     return latents, replace(
         state,
         segment=segment.index + 1,
-        latents=_last(torch.cat((state.latents, latents), dim=2), kept),
-        reference=_last(torch.cat((state.reference, reference), dim=2), kept),
+        latents=_last(torch.cat((state.latents, latents), dim=2), back),
+        reference=_last(torch.cat((state.reference, reference), dim=2), back),
     )
+
+
+def window_graphs(graphs: Executables, segment: Segment) -> list[Executable]:
+    """The step graph of a segment's window, and that of its later steps where there is one."""
+    name = "stage2_first" if segment.index == 0 else "stage2_next"
+    return [graphs[key] for key in (name, f"{name}_later") if key in graphs]
 
 
 def run_segment(
@@ -92,10 +107,10 @@ def run_segment(
         state = replace(state, motion_cache=motion_cache, reference_cache=reference_cache)
     with phase("denoise"):
         noise = block_noise(seed, 2, segment.noisy, (state.anchor.shape[1], *state.anchor.shape[3:]))
-        graph = graphs["stage2_first" if segment.index == 0 else "stage2_next"]
         latents, state = denoise_segment(
-            graph, profile, segment, state, conditions, reference, noise.to(motion.device), sigmas, on_step
-        )
+            window_graphs(graphs, segment), profile, segment, state, conditions, reference, noise.to(motion.device),
+            sigmas, on_step,
+        )  # fmt: skip
     with phase("decode"):
         return decode_segment(graphs, latents, state)
 

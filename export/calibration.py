@@ -30,7 +30,7 @@ from ..engine.reference import reference_blocks
 from ..engine.sampler import block_noise, stage_sigmas
 from ..engine.segments import plan_segments
 from ..engine.stage1 import expert_of, image_condition, run_stage1
-from ..engine.stage2 import denoise_segment, start_state
+from ..engine.stage2 import denoise_segment, start_state, window_graphs
 from ..engine.weights import load_words
 from ..runtime.backend_eager import open_eager
 from ..runtime.backend_weights import ModelPaths, Source, find_models
@@ -136,8 +136,8 @@ def run_clip(
         )
         state = replace(state, motion_cache=motion_cache, reference_cache=reference_cache)
         noise = block_noise(seed, 2, segment.noisy, (reference.shape[1], *reference.shape[3:])).to(image.device)
-        graph = graphs["stage2_first" if segment.index == 0 else "stage2_next"]
-        _, state = denoise_segment(graph, profile, segment, state, conditions, reference, noise, sigmas)
+        steps = window_graphs(graphs, segment)
+        _, state = denoise_segment(steps, profile, segment, state, conditions, reference, noise, sigmas)
 
 
 def draw_image(profile: Profile, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from ..engine.manifest import PRECISIONS, Precision, read_bundle
 from ..engine.presets import PROFILES, get_profile
 from ..runtime.backend_cache import bundle_folders, bundle_place, cache_folder
 from ..runtime.backend_fit import check_machine, device_of
-from ..runtime.backend_options import PATH, make_paths, model_options
+from ..runtime.backend_options import PATH, REUSE_HELP, make_paths, model_options
 from ..runtime.backend_weights import Source, find_models, open_source
 from .build import build_bundle
 from .builders import BUILDERS, find_builder
@@ -51,6 +51,7 @@ def weights_options(command: Callable) -> Callable:
 @click.option("--size", help="Final size in pixels, WIDTHxHEIGHT.")
 @click.option("--noisy", type=int, help="M: latent blocks made at once.")
 @click.option("--neighbours", type=int, help="N: clean blocks before them.")
+@click.option("--reuse-context", is_flag=True, default=None, help=REUSE_HELP)
 @weights_options
 @click.option("--backend", type=click.Choice(list(BUILDERS)), help="What to compile with.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="What the backend is best in, if none.")
@@ -89,7 +90,7 @@ def cli(
         return
     if backend is None:
         raise click.UsageError(f"--backend: got none, want one of {', '.join(BUILDERS)}")
-    numbers = {name: rest[name] for name in ("frames", "noisy", "neighbours")}
+    numbers = {name: rest[name] for name in ("frames", "noisy", "neighbours", "reuse_context")}
     profile = get_profile(profile_name).override(**numbers, size=None if size is None else _size(size))
     names, archs = None if graphs is None else _listed(graphs), _listed(arch or "")
     device = pick_device(backend, kind, archs)

@@ -42,9 +42,10 @@ def check_profile(bundle: Bundle, profile: Profile, names: Sequence[str] | None 
     records = bundle.manifest.graphs
     graphs = profile_graphs(profile, bundle.manifest.dtype)
     missing = [name for name in graphs if name not in records and (names is None or name in names)]
-    if missing:
-        raise BundleError(f"{bundle.folder}: got {len(records)} graphs, want {', '.join(missing)} too; {bundle.repair}")
     recipe = bundle.manifest.recipe._replace(profile=profile)
+    if missing:
+        said = recipe.repair(bundle.folder)
+        raise BundleError(f"{bundle.folder}: got {len(records)} graphs, want {', '.join(missing)} too; {said}")
     for name, graph in graphs.items():
         if name in records and records[name].spec != graph.spec:
             got, want = _difference(records[name].spec, graph.spec)

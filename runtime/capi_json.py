@@ -57,6 +57,7 @@ class Config:
     shift: float | None = None
     stage1_guidance: float | None = None
     stage2_guidance: float | None = None
+    reuse_context: bool | None = None
     stage2_init: Literal["noise", "reference"] | None = None
     strength: float | None = None
     model_dir: str | None = None

@@ -81,6 +81,12 @@ class LoraOption(click.ParamType):
         return stage, (Path(path), number)
 
 
+REUSE_HELP = (
+    "Later steps of a segment reuse the keys and values that clean blocks had in its first: with 4 steps a third less "
+    "work in Stage II. An approximation; what it costs is in docs/BENCHMARKS.md."
+)
+
+
 def profile_options(command: Callable) -> Callable:
     """The options that choose and change a profile."""
     options = [
@@ -99,6 +105,7 @@ def profile_options(command: Callable) -> Callable:
             type=click.Choice(["noise", "reference"]),
             help="Start Stage II from noise, or from the noised reference (for a plain 48-channel TI2V-5B).",
         ),
+        click.option("--reuse-context", is_flag=True, default=None, help=REUSE_HELP),
         click.option("--strength", type=float, help="Noise level at which --stage2-init reference starts, 0 to 1."),
     ]
     return _apply(options, command)
@@ -126,7 +133,7 @@ def _apply(options: list, command: Callable) -> Callable:
 # What options and the C API change of a profile.
 PROFILE_KEYS = (
     "frames", "size", "noisy", "neighbours", "stage1_steps", "stage2_steps", "shift", "stage1_guidance",
-    "stage2_guidance", "stage2_init", "strength",
+    "stage2_guidance", "reuse_context", "stage2_init", "strength",
 )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
         "noisy": profile.noisy,
         "neighbours": profile.neighbours,
         "context": profile.context,
+        "reuse_context": profile.reuse_context,
         "positions": profile.positions,
         "reference": profile.reference,
         "stage2_init": profile.stage2_init,

@@ -168,9 +168,17 @@ def test_the_same_graph_gives_the_same_bytes(bundle: Bundle, source: Source, tmp
         assert (tmp_path / name).read_bytes() == (bundle.folder / "stage2_text" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("variant", "name"), [("image tokens", "stage1_step"), ("one-way", "stage2_next")])
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("image tokens", "stage1_step"),
+        ("one-way", "stage2_next"),
+        ("context reused", "stage2_next"),
+        ("context reused", "stage2_next_later"),
+    ],
+)
 def test_other_kinds_of_graphs(make_modules, tmp_path: Path, variant: str, name: str):
-    """What the tiny profile does not have: image tokens, and a mask."""
+    """What the tiny profile does not have: image tokens, a mask, and a context that one step hands to the next."""
     profile = variants()[variant]
     graph: Graph = profile_graphs(profile, torch.float32)[name]
     weights = make_modules(profile)[graph.weights]

@@ -108,12 +108,17 @@ def test_other_precisions(sources: dict, name: str, precision: Precision, fused:
 
 @pytest.mark.parametrize(
     ("variant", "name", "attentions"),
-    [("image tokens", "stage1_step", 6), pytest.param("one-way", "stage2_next", 4, marks=pytest.mark.slow)],
+    [
+        ("image tokens", "stage1_step", 6),
+        pytest.param("one-way", "stage2_next", 4, marks=pytest.mark.slow),
+        pytest.param("context reused", "stage2_next", 4, marks=pytest.mark.slow),
+        pytest.param("context reused", "stage2_next_later", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_other_kinds_of_graphs(make_modules, tmp_path: Path, variant: str, name: str, attentions: int):
     """Attention to image tokens beside the text, with the same query; and a mask, at a width that has kernels."""
     profile = variants()[variant]
-    if variant == "one-way":
+    if name.startswith("stage2"):
         dit = replace(profile.stage2.dit, dim=32, ffn_dim=128)
         profile = replace(profile, stage2=replace(profile.stage2, dit=dit))
     graph = profile_graphs(profile, torch.bfloat16)[name]

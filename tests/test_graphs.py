@@ -26,6 +26,7 @@ def variants() -> dict[str, Profile]:
         "two experts": replace(tiny, stage1=replace(tiny.stage1, boundary=0.9)),
         "first block": replace(tiny, stage1=first_block),
         "one-way": replace(tiny, context="one-way"),
+        "context reused": replace(tiny, reuse_context=True),
         "full sequence": tiny.override(noisy=8),
     }
 

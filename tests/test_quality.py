@@ -119,8 +119,8 @@ def test_the_case_counts_its_work_and_measures_every_metric(loaded: Loaded):
 def test_variants_are_what_the_profile_allows(short: Profile, tiny: Profile):
     names = [variant.name for variant in plan_variants(tiny)]
     assert names == [
-        "default", "context one-way", "N = 0", "N = 2", "M = 1", "M = 5", "reference off", "full sequence",
-        "16 steps",
+        "default", "context one-way", "N = 0", "N = 2", "M = 1", "M = 5", "context reused", "reference off",
+        "full sequence", "16 steps",
     ]  # fmt: skip
     assert not any(variant.refused for variant in plan_variants(tiny))
     refused = {variant.name: variant.refused for variant in plan_variants(short) if variant.refused}

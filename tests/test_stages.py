@@ -11,7 +11,7 @@ from swifti2v.engine.reference import reference_blocks, reference_first, upsampl
 from swifti2v.engine.sampler import block_noise, stage_sigmas
 from swifti2v.engine.segments import plan_segments
 from swifti2v.engine.stage1 import expert_of, image_condition, run_stage1
-from swifti2v.engine.stage2 import denoise_segment, run_segment, start_state
+from swifti2v.engine.stage2 import denoise_segment, run_segment, start_state, window_graphs
 from swifti2v.engine.vae import VAE
 from swifti2v.runtime.backend_eager import open_eager
 
@@ -164,11 +164,11 @@ def test_context_attends_both_ways_or_one_way(tiny: Profile, modules):
 
 def test_noisy_blocks_see_the_neighbour_and_the_anchor(tiny: Profile, graphs):
     graph, conditions, feed = step_input(tiny, graphs)
-    base = guided_velocity(graph, conditions, 0, feed)
+    base = guided_velocity(graph, conditions, 0, feed)[0]
     for block in (0, 1):
         latents = feed["latents"].clone()
         latents[:, :, block] += 1
-        assert error(guided_velocity(graph, conditions, 0, {**feed, "latents": latents}), base) > 1e-3
+        assert error(guided_velocity(graph, conditions, 0, {**feed, "latents": latents})[0], base) > 1e-3
 
 
 def test_positions_are_absolute_or_of_the_window(tiny: Profile, graphs):
@@ -187,8 +187,8 @@ def test_the_reference_can_be_switched_off(tiny: Profile, graphs):
     noise = block_noise(0, 2, segment.noisy, state.anchor.shape[1:2] + state.anchor.shape[3:])
 
     def run(profile: Profile, reference: torch.Tensor) -> torch.Tensor:
-        graph = graphs["stage2_first"]
-        return denoise_segment(graph, profile, segment, state, conditions, reference, noise, (1.0, 0.5))[0]
+        steps = window_graphs(graphs, segment)
+        return denoise_segment(steps, profile, segment, state, conditions, reference, noise, (1.0, 0.5))[0]
 
     some, other = torch.ones_like(noise), -torch.ones_like(noise)
     assert not torch.equal(run(tiny, some), run(tiny, other))
@@ -209,8 +209,8 @@ def test_starting_from_the_reference(tiny: Profile, make_modules):
     for profile in (near, far):
         sigmas = stage_sigmas(profile.stage2, profile.strength)
         conditions = dit_conditions(graphs, "stage2", sigmas, prompt(profile))
-        graph = graphs["stage2_first"]
-        made, _ = denoise_segment(graph, profile, segment, state, conditions, reference, noise, sigmas)
+        steps = window_graphs(graphs, segment)
+        made, _ = denoise_segment(steps, profile, segment, state, conditions, reference, noise, sigmas)
         moved[profile.strength] = error(made, reference)
     assert moved[0.01] < 0.05
     assert moved[1.0] > 0.5
@@ -223,8 +223,8 @@ def test_guidance_is_the_usual_formula_and_costs_nothing_at_one(tiny: Profile, g
     assert plain.negative is None
     guided = dit_conditions(*arguments, guidance=3.0)
     other = dit_conditions(graphs, "stage2", (1.0,), prompt(tiny, 2))
-    yes, no = guided_velocity(graph, plain, 0, feed), guided_velocity(graph, other, 0, feed)
-    assert torch.allclose(guided_velocity(graph, guided, 0, feed), no + 3 * (yes - no), atol=1e-6)
+    yes, no, mixed = (guided_velocity(graph, by, 0, feed)[0] for by in (plain, other, guided))
+    assert torch.allclose(mixed, no + 3 * (yes - no), atol=1e-6)
 
 
 def test_two_experts_share_the_steps_at_the_boundary(tiny: Profile):
