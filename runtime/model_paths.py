@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from ..engine.errors import WeightsError
-from ..engine.presets import A14B_BOUNDARY
+from ..engine.presets import A14B_BOUNDARY, EXPERT_FOLDERS
 from ..engine.profile import Profile
 from ..engine.weights import read_dit_config, read_vae_config
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 NEEDED = ("stage1", "stage2", "vae1", "vae2")
-# Subfolders under which public repositories keep the two experts of one model: (high noise, low noise).
-EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 Lora = tuple[Path, float]  # file and strength
 
 

@@ -17,6 +17,9 @@ MAY_IMPORT = {
     "benchmarks": {"benchmarks", "runtime", "engine", "kernels", "training"},
     "training": {"training", "engine", "kernels"},
 }
+# Training reads CLIP image tokens where Stage I does. The tower is the runtime's, so that training feeds the model what
+# inference does; the tasks take it as an argument, and the command line, which puts parts together, alone names it.
+ALSO = {("training/cli.py", "runtime.encoders.ClipVisionEncoder")}
 FILE_LINES, FUNCTION_LINES = 400, 80
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
@@ -64,6 +67,8 @@ def test_layers(path: Path):
         target = parts[0]
         if target not in ROOMS:
             assert target == "__version__", f"{path}:{line} imports {'.'.join(parts)}"
+            continue
+        if (path.relative_to(ROOT).as_posix(), ".".join(parts)) in ALSO:
             continue
         assert target in MAY_IMPORT[room], f"{path}:{line} {room} imports {target}"
         if room == "export" and target == "runtime":

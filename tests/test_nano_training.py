@@ -97,6 +97,19 @@ def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
         main(["nano", "stage2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])
 
 
+def test_an_ablation_trains_on_perfect_references(trained: Path, tmp_path: Path, capsys):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    run = ["nano", "stage2", "-o", str(tmp_path), *QUICK]
+    main([*run, "--transition", "0"])
+    assert (tmp_path / "models" / "stage2" / "config.json").exists()
+    for wrong in (run, [*run, "--transition", "1.5"], ["nano", "vae2", "-o", str(tmp_path), "--transition", "0"]):
+        with pytest.raises(SystemExit):  # the first: with transition it would be another run
+            main(wrong)
+    said = capsys.readouterr().err
+    assert "--transition: got 1.5" in said
+    assert "vae2: got --transition" in said
+
+
 def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_path: Path, capsys):
     arguments = ["nano", "vae1-short", "-o", str(tmp_path), *QUICK]
     main([*arguments, "--minutes", "0"])

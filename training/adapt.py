@@ -1,29 +1,33 @@
 """LoRA training of either stage of any profile on clips drawn over photographs: how a Wan-sized model is adapted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..engine.dit import DiT
 from ..engine.errors import WeightsError
+from ..engine.presets import A14B_BOUNDARY
 from ..engine.profile import Profile
-from ..engine.weights import fingerprint, load_dit, load_vae, load_words
+from ..engine.weights import load_words
 from .batches import Crops, Samples, latent_pool, photos_hash
 from .clips import ClipConfig
+from .flow import Expert, ExpertLevels
 from .log import TrainingError
 from .lora import TARGETS, Lora, checkpoint_blocks
-from .stage1 import FixedText, Stage1Config, Stage1Task, TextEncoder, stage1_batch
+from .model_folder import Merged, ModelFolder
+from .stage1 import FixedText, ImageEncoder, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import TrainConfig, step_seed
-from .transition import StageOne
+from .transition import StageOne, TransitionConfig
 
 Stage = Literal["stage1", "stage2"]
+OpenImages = Callable[[Path], ImageEncoder]  # opens the CLIP tower in a folder
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class AdaptConfig:
     window: int = 8  # samples that a step chooses from
     reuse: float = 8.0
     checkpointing: bool = True
+    expert: Expert | None = None  # of a Stage I that has two
+    merged: Merged = field(default_factory=dict)  # LoRAs that the models already have, such as few-step ones
     stage1: Stage1Config = field(default_factory=lambda: Stage1Config(drop_prompt=0.0))
     stage2: Stage2Config = field(default_factory=Stage2Config)
 
@@ -61,54 +67,81 @@ class LoraTask:
 
 def adapt_task(
     profile: Profile, stage: Stage, models: Path, photos: Sequence[np.ndarray], config: AdaptConfig,
-    embeddings: Path | None = None,
+    embeddings: Path | None = None, open_images: OpenImages | None = None,
 ) -> LoraTask:  # fmt: skip
     """The task of a LoRA for `stage`, on the models in the folder `models`.
 
     The text encoder is models/text, or the tensor `prompt` of the file `embeddings` for every clip. Stage II needs
-    Stage I only where its transition has a probability. WeightsError for a Stage I that reads CLIP image tokens.
+    Stage I only where its transition has a probability. Where Stage I reads CLIP image tokens, `open_images` opens
+    models/image_encoder. WeightsError for models that are missing or do not fit.
     """
-    train, dtype = config.train, torch.bfloat16 if config.train.bf16 else torch.float32
-    here: dict[str, Any] = {"dtype": dtype, "device": train.device}
-    text = _text(models, embeddings, train.device)
+    train = config.train
+    config = _on_schedule(config, profile)
+    folder = ModelFolder(models, torch.bfloat16 if train.bf16 else torch.float32, train.device, config.merged)
     big, small = profile.stage2, profile.stage1
+    if embeddings is None and profile.text.kind != "words":
+        raise TrainingError(f"text of {profile.name}: got no embeddings, want rows of UMT5; pass --embeddings")
+    text = _text(models, embeddings, train.device, (small.dit.text_len, small.dit.text_dim))
     clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
     crops = config.crops or Crops(train.batch, big.width, big.height)
     samples = Samples(crops, config.window, config.reuse)
-    vae1 = load_vae(models / "vae1", **here)
-    torch.manual_seed(step_seed(train.seed, "lora"))
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
     settings |= {"clips": asdict(clips), "photos": photos_hash(photos)}
-    config = _on_schedule(config, profile)
+    boundary = small.boundary or A14B_BOUNDARY
     if stage == "stage1":
-        dit = _stage1(models, here)
-        settings["models"] = fingerprint(models / "stage1", models / "vae1")
-        batch = latent_pool(photos, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip), "sample")
-        return LoraTask(Stage1Task(dit, text, batch, config.stage1, **settings), config)
+        entry = folder.expert(config.expert)
+        images = _images(folder, (entry,), open_images, settings)
+        settings |= folder.identity(entry, "vae1")
+        vae1, dit, learned = folder.vae("vae1"), folder.dit(entry), config.stage1
+        if config.expert is not None:
+            levels = ExpertLevels(**asdict(learned.levels), boundary=boundary, expert=config.expert)
+            learned = replace(learned, levels=levels)
+        batch = latent_pool(photos, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip, images), "sample")
+        return _adapted(Stage1Task(dit, text, batch, learned, **settings), config)
     transition = config.stage2.transition
-    one = StageOne(_stage1(models, here) if transition.probability else None, text, vae1)
-    vae2 = load_vae(models / "vae2", **here)
-    dit = load_dit(models / "stage2", **here)
-    if dit.config.in_channels != big.dit.in_channels:
+    entries = _transition_entries(folder, transition, boundary)
+    channels = folder.config("stage2").in_channels
+    if channels != big.dit.in_channels:
         raise WeightsError(
-            f"stage2: got {dit.config.in_channels} input channels, want {big.dit.in_channels}: without weights for the "
+            f"stage2: got {channels} input channels, want {big.dit.in_channels}: without weights for the "
             "reference a LoRA cannot learn to read it; pass a DiT trained with references"
         )
-    settings["models"] = fingerprint(*(models / name for name in ("stage2", "vae1", "vae2")))
+    images = _images(folder, entries, open_images, settings)
+    settings |= folder.identity(*entries, "stage2", "vae1", "vae2")
+    dits = {entry: folder.dit(entry) for entry in entries}
+    limit = boundary if "stage1_low" in dits else 0.0
+    one = StageOne(dits.get("stage1"), text, folder.vae("vae1"), dits.get("stage1_low"), limit, images)
+    vae2, dit = folder.vae("vae2"), folder.dit("stage2")
     learn = lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed)  # noqa: E731
     batch = latent_pool(photos, clips, samples, train, learn, "sample")
-    return LoraTask(Stage2Task(dit, text, batch, config.stage2, **settings), config)
+    return _adapted(Stage2Task(dit, text, batch, config.stage2, **settings), config)
 
 
-def _stage1(models: Path, here: dict[str, Any]) -> DiT:
-    """The one DiT of a first stage that reads no image tokens."""
-    dit = load_dit(models / "stage1", **here)
-    if dit.config.image_dim or (models / "stage1_low").exists():
-        raise WeightsError(
-            "stage1: got a DiT that reads CLIP image tokens, or two experts, want one DiT that reads the first frame's "
-            "latents alone; pass such a one, or for Stage II --transition 0"
-        )
-    return dit
+def _adapted(task: Stage1Task | Stage2Task, config: AdaptConfig) -> LoraTask:
+    torch.manual_seed(step_seed(config.train.seed, "lora"))
+    return LoraTask(task, config)
+
+
+def _transition_entries(folder: ModelFolder, transition: TransitionConfig, boundary: float) -> tuple[str, ...]:
+    """The DiTs of Stage I that transition runs: none, the one, or of two experts those that its noise levels reach."""
+    if not transition.probability:
+        return ()
+    if folder.find("stage1_low") is None:
+        return ("stage1",)
+    return ("stage1", "stage1_low") if transition.highest >= boundary else ("stage1_low",)
+
+
+def _images(
+    folder: ModelFolder, entries: Sequence[str], open_images: OpenImages | None, settings: dict[str, Any]
+) -> ImageEncoder | None:
+    """The image encoder where one of the DiTs reads its tokens; what it is goes into the settings."""
+    if not any(folder.config(entry).image_dim for entry in entries):
+        return None
+    if open_images is None:
+        raise TrainingError("stage1: got no image encoder, want one, as it reads CLIP image tokens; pass open_images")
+    images = open_images(folder.path("image_encoder"))
+    settings["image_encoder"] = images.fingerprint
+    return images
 
 
 def _on_schedule(config: AdaptConfig, profile: Profile) -> AdaptConfig:
@@ -123,10 +156,17 @@ def _on_schedule(config: AdaptConfig, profile: Profile) -> AdaptConfig:
     )
 
 
-def _text(models: Path, embeddings: Path | None, device: str) -> TextEncoder:
+def _text(models: Path, embeddings: Path | None, device: str, shape: tuple[int, int]) -> TextEncoder:
+    """The word encoder, or ready rows [L, D] or [1, L, D], zero past their end as at inference."""
     if embeddings is None:
         return load_words(models / "text", device=device)
     tensors = load_file(embeddings)
     if "prompt" not in tensors:
         raise TrainingError(f"{embeddings}: got {sorted(tensors)}, want a tensor `prompt`; see the README")
-    return FixedText(tensors["prompt"].float()).to(device)
+    rows, (length, width) = tensors["prompt"].float(), shape
+    rows = rows.unsqueeze(0) if rows.ndim == 2 else rows  # [L, D] -> [1, L, D]
+    if rows.ndim != 3 or rows.shape[0] != 1 or rows.shape[1] > length or rows.shape[2] != width:
+        raise TrainingError(
+            f"{embeddings}: got `prompt` {tuple(rows.shape)}, want (1, 1 to {length}, {width}); redo it"
+        )
+    return FixedText(F.pad(rows, (0, 0, 0, length - rows.shape[1]))).to(device)

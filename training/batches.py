@@ -178,16 +178,19 @@ def latent_pool(
 
 
 def stored(sample: LatentBatch) -> LatentBatch:
-    """A sample as a pool keeps it: in half precision, on the CPU."""
-    return LatentBatch(sample.latents.half().cpu(), sample.channels.half().cpu(), sample.prompts)
+    """A sample as a pool keeps it: in half precision, on the CPU; image tokens in fp32, as CLIP's have outliers."""
+    tokens = None if sample.image_tokens is None else sample.image_tokens.float().cpu()
+    return LatentBatch(sample.latents.half().cpu(), sample.channels.half().cpu(), sample.prompts, tokens)
 
 
 def joined(samples: Sequence[LatentBatch], device: str) -> LatentBatch:
     """Stored samples of one size as one batch, fp32."""
+    tokens = [sample.image_tokens.to(device) for sample in samples if sample.image_tokens is not None]
     return LatentBatch(
         torch.cat([sample.latents.to(device).float() for sample in samples]),
         torch.cat([sample.channels.to(device).float() for sample in samples]),
         [prompt for sample in samples for prompt in sample.prompts],
+        torch.cat(tokens) if tokens else None,
     )
 
 

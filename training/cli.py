@@ -20,8 +20,10 @@ from .checkpoint import load_ema
 from .dry_run import step_cost
 from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
-from .nano import PHASES, finish, train_task
+from .nano import PHASES, DitPhase, finish, train_task
 from .photos import SPLITS, load_packed, load_split, pack
+from .stage1 import ImageEncoder
+from .stage2 import Stage2Config
 from .trainer import Task, TrainConfig, train
 
 
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
     phase.add_argument("--finish", action="store_true", help="write the weights even where --minutes ended it")
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
+    _transition_option(phase)
     _run_options(phase)
     phase.set_defaults(run=_nano)
 
@@ -63,12 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("stage", choices=("stage1", "stage2"))
     lora.add_argument("-o", "--out", type=Path, help="folder of the training; lora.safetensors is written there")
     lora.add_argument("--profile", default="nano", choices=PROFILES)
-    lora.add_argument("--model-dir", type=Path, help="folder of stage1, stage2, vae1, vae2, text")
+    lora.add_argument("--model-dir", type=Path, help="folder of the models, as `swifti2v generate` reads it")
+    lora.add_argument("--expert", choices=("high", "low"), help="Stage I of two experts: the one to train")
+    lora.add_argument(
+        "--lora", action="append", default=[], type=_merged_lora, metavar="STAGE=PATH[@STRENGTH]",
+        help="merge one before training, such as a few-step one; STAGE is stage1, stage1_low or stage2; repeatable",
+    )  # fmt: skip
     lora.add_argument("--embeddings", type=Path, help="file with the tensor `prompt`, in place of the text encoder")
     lora.add_argument("--rank", type=int, default=32)
     lora.add_argument("--alpha", type=float, default=32.0)
     lora.add_argument("--targets", default=TARGETS, help="pattern of the layers' names")
-    lora.add_argument("--transition", type=float, metavar="SHARE", help="Stage II: samples that Stage I has a hand in")
+    _transition_option(lora)
     lora.add_argument("--no-checkpointing", action="store_true", help="keep all activations: more memory, less time")
     lora.add_argument("--dry-run", action="store_true", help="print memory and operations of a step, and stop")
     _run_options(lora)
@@ -83,6 +91,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="stop and save after this long; the same command goes on")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of TrainConfig")
     _photo_options(parser)
+
+
+def _transition_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transition", type=float, metavar="SHARE", help="Stage II: share that Stage I has a hand in")
 
 
 def _photo_options(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +112,10 @@ def _pack(options: argparse.Namespace) -> None:
 def _nano(options: argparse.Namespace) -> None:
     name, phase = options.phase, PHASES[options.phase]
     phase = replace(phase, train=_train_config(options, phase.train))
+    if options.transition is not None:
+        if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
+            raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
+        phase = replace(phase, config=with_transition(phase.config, options.transition))
     photos = _photos(options)
     models = options.models or options.out / "models"
     task = train_task(name, photos, models, phase, compiled=options.compile, start=options.start)
@@ -116,18 +132,35 @@ def _lora(options: argparse.Namespace) -> None:
     missing = [name for name in ("out", "model_dir") if getattr(options, name) is None]
     if missing:
         raise TrainingError(f"lora: got no {' and no '.join(missing)}, want both to train; pass -o and --model-dir")
+    if options.expert is not None and options.stage == "stage2":
+        raise TrainingError(f"lora: got --expert {options.expert} for stage2, want it for stage1 alone; leave it out")
+    merged = {name: [lora for other, lora in options.lora if other == name] for name, _ in options.lora}
     config = AdaptConfig(
         _train_config(options, TrainConfig(1000, bf16=options.device != "cpu")), options.rank, options.alpha,
-        options.targets, checkpointing=checkpointing,
+        options.targets, checkpointing=checkpointing, expert=options.expert, merged=merged,
     )  # fmt: skip
     if options.transition is not None:
-        transition = replace(config.stage2.transition, probability=options.transition)
-        config = replace(config, stage2=replace(config.stage2, transition=transition))
+        config = replace(config, stage2=with_transition(config.stage2, options.transition))
     photos = _photos(options)
-    task = adapt_task(profile, options.stage, options.model_dir, photos, config, options.embeddings)
+
+    def open_images(path: Path) -> ImageEncoder:
+        from ..runtime.encoders import ClipVisionEncoder
+
+        return ClipVisionEncoder.open(path, options.device)
+
+    task = adapt_task(profile, options.stage, options.model_dir, photos, config, options.embeddings, open_images)
     if _train(task, config.train, options.out):
         load_ema(options.out, task.modules)
         print(save_lora(task.lora, options.out / "lora.safetensors"))
+
+
+def _merged_lora(text: str) -> tuple[str, tuple[Path, float]]:
+    """STAGE=PATH or STAGE=PATH@STRENGTH, as `swifti2v generate --lora`. ValueError for anything else."""
+    stage, _, rest = text.partition("=")
+    path, at, strength = rest.rpartition("@")
+    if stage not in ("stage1", "stage1_low", "stage2") or not rest:
+        raise ValueError(text)
+    return stage, (Path(path), float(strength)) if at else (Path(rest), 1.0)
 
 
 def _train_config(options: argparse.Namespace, config: TrainConfig) -> TrainConfig:
@@ -154,6 +187,13 @@ def _photos(options: argparse.Namespace) -> list[np.ndarray]:
     if options.packed is not None:
         return load_packed(options.packed, "train")
     return load_split("train", options.photos_dir, allow_missing=options.allow_missing)
+
+
+def with_transition(config: Stage2Config, share: float) -> Stage2Config:
+    """The configuration with Stage I having a hand in that share of the samples' references."""
+    if not 0 <= share <= 1:
+        raise TrainingError(f"--transition: got {share}, want a share of the samples from 0 to 1; correct it")
+    return replace(config, transition=replace(config.transition, probability=share))
 
 
 def with_changes(config: TrainConfig, changes: Sequence[str], **more: Any) -> TrainConfig:

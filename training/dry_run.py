@@ -50,15 +50,19 @@ def step_cost(
         if checkpointed:
             checkpoint_blocks(dit)
         latents = torch.empty(1, config.in_channels, blocks, height, width, dtype=dtype)
-        kv = torch.empty(config.layers, 1, config.heads, config.text_len, config.head_dim, dtype=dtype)
+        lengths = (config.text_len, *((config.image_tokens,) if config.image_dim else ()))
+        shapes = [(config.layers, 1, config.heads, length, config.head_dim) for length in lengths]
+        context = [torch.empty(shape, dtype=dtype) for shape in shapes for _ in ("keys", "values")]
         tokens = blocks * (height // 2) * (width // 2)
         rope = (torch.empty(tokens, config.head_dim // 2), torch.empty(tokens, config.head_dim // 2))
         rows = torch.zeros(1, blocks, dtype=torch.int64)
         tables = torch.empty(config.layers, 2, 6, config.dim), torch.empty(2, 2, config.dim)
-    kept = _Kept(tokens)
+    kept = _Kept(tokens, (tokens, *lengths))
+    for tensor in context:
+        kept.count(tensor)
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
-            velocity = dit(latents, *tables, rows, rope, TextKV(kv, kv))
+            velocity = dit(latents, *tables, rows, rope, TextKV(*context))
         velocity.float().square().mean().backward()
     learned = list((dit if lora is None else lora).parameters())
     return StepCost(
@@ -73,14 +77,14 @@ def step_cost(
 class _Kept:
     """Adds up the tensors that autograd saves, each storage once, without weights and attention scores."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.bytes = tokens, 0
+    def __init__(self, tokens: int, keys: tuple[int, ...]) -> None:
+        self.tokens, self.keys, self.bytes = tokens, keys, 0
         self._seen: set[int] = set()
         self._alive: list[Tensor] = []  # so that no storage's number is used again
 
     def count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        scores = tensor.ndim >= 2 and tensor.shape[-2] == self.tokens and tensor.shape[-1] in (self.tokens, 512)
+        scores = tensor.ndim >= 2 and tensor.shape[-2] == self.tokens and tensor.shape[-1] in self.keys
         if not scores and not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             self._alive.append(tensor)

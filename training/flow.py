@@ -5,17 +5,21 @@ Axes: B batch, C channels, T latent blocks, H and W latent rows and columns.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..engine.dit import DiT
+from ..engine.errors import SpecError
+from ..engine.presets import A14B_BOUNDARY
 from ..engine.rope import rope_tables
 from ..engine.sampler import TIMESTEPS, flow_sigmas, shift_sigma
 from ..engine.vae import VAE
 
 PIXELS_AT_ONCE = 2**24  # of one call of a VAE in training: at 2K one latent block, at small sizes the whole clip
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Expert = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class LatentBatch:
     """What a DiT learns from: the truth, normalised [B, z, T, H, W], and the channels it reads beside noisy latents.
 
     Those are [B, 4+z, T, H, W] for Stage I (mask and first frame), [B, z, T, H, W] for Stage II (reference).
+    `image_tokens` [B, n, image_dim] are those of CLIP, for a Stage I that reads them.
     """
 
     latents: Tensor
     channels: Tensor
     prompts: Sequence[str]
+    image_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,22 @@ class NoiseLevels:
         return torch.where(torch.rand(count, generator=generator) < self.grid_share, chosen, shifted)
 
 
+@dataclass(frozen=True)
+class ExpertLevels(NoiseLevels):
+    """Of those levels the ones at which one of two experts works: `high` from `boundary` up, `low` below it."""
+
+    boundary: float = A14B_BOUNDARY
+    expert: Expert = "high"
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` sigmas of that side, fp32 [count] on the CPU."""
+        kept = torch.empty(0)
+        while len(kept) < count:  # drawn again where they fall on the other side
+            drawn = super().draw(count, generator)
+            kept = torch.cat((kept, drawn[(drawn >= self.boundary) == (self.expert == "high")]))
+        return kept[:count]
+
+
 def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x + sigma noise, with one sigma [B] per sample of x [B, C, T, H, W]."""
     level = sigma.to(x.device).view(-1, 1, 1, 1, 1)  # [B] -> [B, 1, 1, 1, 1]
@@ -63,15 +85,27 @@ def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def dit_velocity(
-    dit: DiT, latents: Tensor, sigma: Tensor, text: Tensor, clean: int = 0, positions: Sequence[int] | None = None
+    dit: DiT,
+    latents: Tensor,
+    sigma: Tensor,
+    text: Tensor,
+    clean: int = 0,
+    positions: Sequence[int] | None = None,
+    image_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Velocity fp32 [B, C_out, T, H, W] of latents [B, C_in, T, H, W], text rows [B, L, D].
+    """Velocity fp32 [B, C_out, T, H, W] of latents [B, C_in, T, H, W], text rows [B, L, D], CLIP tokens [B, n, D'].
 
     The first `clean` blocks have timestep 0, the others the sample's sigma [B]. As DiT.denoise, but the tables stay
-    fp32 under autocast.
+    fp32 under autocast. SpecError for tokens that the DiT does not read, and for none where it does.
     """
-    device = latents.device
+    device, config = latents.device, dit.config
     batch, blocks = latents.shape[0], latents.shape[2]  # row 0 is timestep 0, row 1 + b that of sample b
+    got = None if image_tokens is None else tuple(image_tokens.shape)
+    want = (batch, config.image_tokens, config.image_dim) if config.image_dim else None
+    if got != want:
+        raise SpecError(f"CLIP image tokens: got {got}, want {want}; pass the image encoder that this DiT is made for")
+    if image_tokens is not None:
+        image_tokens = image_tokens.to(next(dit.img_emb.parameters()).dtype)  # as its graph is fed
     timesteps = torch.cat((sigma.new_zeros(1), TIMESTEPS * sigma)).to(device)  # of each row
     rows = torch.arange(1, batch + 1, device=device).unsqueeze(1).repeat(1, blocks)  # [B] -> [B, T]
     rows[:, :clean] = 0
@@ -80,7 +114,7 @@ def dit_velocity(
     height, width = latents.shape[3] // 2, latents.shape[4] // 2
     cos, sin = rope_tables(dit.config.head_dim, positions or range(blocks), height, width)
     rope = (cos.to(device), sin.to(device))
-    return dit(latents, modulation, head_modulation, rows, rope, dit.text_kv(text)).float()
+    return dit(latents, modulation, head_modulation, rows, rope, dit.text_kv(text, image_tokens)).float()
 
 
 def few_steps(velocity: Velocity, x: Tensor, start: Tensor, steps: int, shift: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..engine.dit import DiT
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
-from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, noised
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,31 @@ def encode_prompts(words: TextEncoder, prompts: list[str], device: torch.device)
     return words(words.tokenize(prompts).to(device))
 
 
+class ImageEncoder(Protocol):
+    """The CLIP tower of a Stage I that reads image tokens; equal fingerprints mean equal results."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Pixels [1, 3, 1, H, W] in [-1, 1] -> tokens fp32 [1, n, image_dim]."""
+        ...
+
+
 @torch.no_grad()
-def stage1_batch(vae: VAE, clips: ClipBatch) -> LatentBatch:
-    """What Stage I learns from these clips, by its finished VAE."""
-    return LatentBatch(encode_clip(vae, clips.low), first_frame_condition(vae, clips.low), clips.prompts)
+def first_frame_tokens(images: ImageEncoder | None, high: Tensor) -> Tensor | None:
+    """Tokens fp32 [B, n, image_dim] of the first frames of clips high [B, 3, T, H, W]; None without an encoder."""
+    if images is None:
+        return None
+    with torch.autocast(high.device.type, enabled=False):  # as at inference
+        return torch.cat([images.encode(frame) for frame in high[:, :, :1].split(1)])
+
+
+@torch.no_grad()
+def stage1_batch(vae: VAE, clips: ClipBatch, images: ImageEncoder | None = None) -> LatentBatch:
+    """What Stage I learns from these clips, by its finished VAE and, where it reads image tokens, their encoder."""
+    condition, tokens = first_frame_condition(vae, clips.low), first_frame_tokens(images, clips.high)
+    return LatentBatch(encode_clip(vae, clips.low), condition, clips.prompts, tokens)
 
 
 class Stage1Task:
@@ -92,18 +113,7 @@ class Stage1Task:
         kept = torch.rand(count, generator=generator) >= self.config.drop_prompt
         prompts = [prompt if keep else "" for prompt, keep in zip(samples.prompts, kept.tolist(), strict=True)]
         x = torch.cat((noised(latents, noise, sigma), samples.channels), dim=1)  # [B, z + 4+z, T, h, w]
-        velocity = dit_velocity(self.dit, x, sigma, encode_prompts(self.words, prompts, latents.device))
+        text = encode_prompts(self.words, prompts, latents.device)
+        velocity = dit_velocity(self.dit, x, sigma, text, image_tokens=samples.image_tokens)
         loss = F.mse_loss(velocity, noise - latents)
         return loss, {"sigma": sigma.mean().item()}
-
-
-@torch.no_grad()
-def run_few_steps(
-    dit: DiT, condition: Tensor, text: Tensor, x: Tensor, start: Tensor, steps: int, shift: float
-) -> Tensor:
-    """Motion latents [B, z, T, h, w] that Stage I makes of x, each sample from its own noise level `start` [B]."""
-
-    def velocity(value: Tensor, sigma: Tensor) -> Tensor:
-        return dit_velocity(dit, torch.cat((value, condition), dim=1), sigma, text)
-
-    return few_steps(velocity, x, start, steps, shift)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..engine.dit import DiT
 from ..engine.reference import upsample
 from ..engine.vae import VAE
-from .flow import ClipBatch, decode_clip, encode_clip, noised
+from .flow import ClipBatch, decode_clip, dit_velocity, encode_clip, few_steps, noised
 from .log import TrainingError
-from .stage1 import TextEncoder, encode_prompts, first_frame_condition, run_few_steps
+from .stage1 import ImageEncoder, TextEncoder, encode_prompts, first_frame_condition, first_frame_tokens
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,32 @@ class TransitionConfig:
 
 @dataclass(frozen=True)
 class StageOne:
-    """The finished first stage that transition runs; no DiT where no sample is ever given to it."""
+    """The finished first stage that transition runs; no DiT where no sample is ever given to it.
+
+    Of two experts `dit` works from the sigma `boundary` up, `low` below it.
+    """
 
     dit: DiT | None
     words: TextEncoder
     vae: VAE
+    low: DiT | None = None
+    boundary: float = 0.0
+    images: ImageEncoder | None = None  # for a DiT that reads CLIP image tokens
+
+    def velocity(self, x: Tensor, sigma: Tensor, text: Tensor, tokens: Tensor | None) -> Tensor:
+        """Velocity [B, z, T, h, w] of x [B, z + 4+z, T, h, w], each sample by the expert of its sigma [B]."""
+        made, order = [], []
+        high = sigma >= self.boundary
+        for dit, chosen in ((self.dit, high), (self.low, ~high)):
+            rows = chosen.nonzero().flatten()  # [b], the samples of this expert
+            if not len(rows):
+                continue
+            if dit is None:
+                raise TrainingError(f"transition: got no Stage I for noise levels {sigma.tolist()}, want one; pass it")
+            given = None if tokens is None else tokens[rows]
+            made.append(dit_velocity(dit, x[rows], sigma[rows], text[rows], image_tokens=given))
+            order.append(rows)
+        return torch.cat(made)[torch.cat(order).argsort()]
 
 
 @torch.no_grad()
@@ -49,7 +70,7 @@ def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig
     latents = encode_clip(stage1.vae, clips.low)
     if config.probability == 0:
         return latents
-    if stage1.dit is None:
+    if stage1.dit is None and stage1.low is None:
         raise TrainingError(f"transition: got no Stage I, want one for probability {config.probability}; pass it, or 0")
     count = latents.shape[0]
     spread = config.highest - config.lowest
@@ -57,8 +78,12 @@ def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     text = encode_prompts(stage1.words, list(clips.prompts), latents.device)
     condition = first_frame_condition(stage1.vae, clips.low)
-    x = noised(latents, noise, start)
-    made = run_few_steps(stage1.dit, condition, text, x, start, config.steps, config.shift)
+    tokens = first_frame_tokens(stage1.images, clips.high)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return stage1.velocity(torch.cat((x, condition), dim=1), sigma, text, tokens)
+
+    made = few_steps(velocity, noised(latents, noise, start), start, config.steps, config.shift)
     taken = (torch.rand(count, generator=generator) < config.probability).to(latents.device)
     return torch.where(taken.view(-1, 1, 1, 1, 1), made, latents)  # [B] -> [B, 1, 1, 1, 1]
 
