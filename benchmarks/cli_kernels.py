@@ -33,7 +33,7 @@ def attention_cells(choice: Choice) -> tuple[str, ...]:
 
 
 def op_cells(timing: OpTiming) -> tuple[str, ...]:
-    """A row for the table of OPS. A run uses the fused form of an op that is the faster one on all its calls."""
+    """A row for the table of OPS. A run uses the form that is the faster one on that call."""
     eager, fused = (f"{statistics.median(times):.3g}" if times else "" for times in (timing.eager, timing.fused))
     error = "" if timing.error is None else f"{timing.error:.0e}"
     faster = "fused refused" if timing.refused else ("fused" if timing.wins else "eager")

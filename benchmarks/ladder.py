@@ -52,8 +52,8 @@ def ladders(models: Models, narrow: torch.dtype, compiling: bool, cache: Path | 
     window = "stage2_next" if len(models.profile.windows) > 1 else "stage2_first"
     return {
         window: dit_rungs(models, window, narrow, compiling, cache),
-        "reference_next": vae_rungs(models, "reference", narrow, compiling),
-        "decode_next": vae_rungs(models, "decode", narrow, compiling),
+        "reference_next": vae_rungs(models, "reference", narrow, compiling, cache),
+        "decode_next": vae_rungs(models, "decode", narrow, compiling, cache),
     }
 
 
@@ -85,7 +85,7 @@ def dit_rungs(models: Models, name: str, narrow: torch.dtype, compiling: bool, c
 
 
 def vae_rungs(
-    models: Models, stream: Literal["reference", "decode"], narrow: torch.dtype, compiling: bool
+    models: Models, stream: Literal["reference", "decode"], narrow: torch.dtype, compiling: bool, cache: Path | None
 ) -> list[Rung]:
     """Of one block in the middle of a VAE stream."""
     direction = "encode" if stream == "reference" else "decode"
@@ -100,6 +100,10 @@ def vae_rungs(
         )
     last = eager(models, narrow, channels_last=True)
     rungs.append(Rung("channels_last", "weights of convolutions with channels last", narrow, block(narrow, last)))
+    if can_fuse(models.device):
+        measured = fused_modules(models, narrow, cache)
+        what = "kernels that were measured to be no slower, weights as they were"
+        rungs.append(Rung("fused", what, narrow, block(narrow, measured)))
     if compiling:
         rungs.append(Rung("compile", "torch.compile", narrow, block(narrow, compiled(models, narrow))))
     return rungs

@@ -9,7 +9,6 @@ Axes: B batch, C channels, T frames or blocks of this call, H and W rows and col
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import SpecError
@@ -111,7 +110,7 @@ class Encoder(nn.Module):
         x = frame_by_frame(run_early, patchify(pixels, self.patch), tape, slots, area)
         for stage in self.stages[self.framewise :]:
             x = stage(x, tape)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x, tape))), tape)
+        return self.conv_out.after_norm(self.middle(x, tape), self.norm_out, tape)
 
 
 class Decoder(nn.Module):
@@ -146,7 +145,7 @@ class Decoder(nn.Module):
             y = frame
             for stage in late:
                 y = stage(y, tape)
-            y = self.conv_out(F.silu(self.norm_out(y)), tape)
+            y = self.conv_out.after_norm(y, self.norm_out, tape)
             return unpatchify(y, self.patch)
 
         area = latents.shape[3] * latents.shape[4] * self.spatial**2

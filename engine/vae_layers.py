@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..kernels.kernel_set import EAGER, KernelSet
 from ..kernels.norm import channel_norm
+from ..kernels.subpixel import subpixel_weights
 
 VaeCache = tuple[Tensor, ...]
 TOGETHER = 2**20  # pixels of small frames that run together
@@ -31,18 +33,21 @@ class Tape:
 
     def extend(self, x: Tensor, frames: int) -> Tensor:
         """x [B, C, T, H, W] with the `frames` frames before it -> [B, C, frames+T, H, W]; remembers the last ones."""
-        old = None if self.first else next(self._old)
+        old = self.history()
         extended = F.pad(x, (0, 0, 0, 0, frames, 0)) if old is None else torch.cat((old, x), dim=2)
-        tail = extended[:, :, -frames:]
-        if old is not None and self.donate:
-            self._new.append(old.copy_(tail))
-        else:
-            self.remember(tail)
+        self.remember(extended[:, :, -frames:], old)
         return extended
 
-    def remember(self, tail: Tensor) -> None:
-        """Write one new cache; a copy, because a view would keep the whole extended tensor alive."""
-        self._new.append(tail.clone())
+    def history(self) -> Tensor | None:
+        """The next old cache; None in the clip's first call."""
+        return None if self.first else next(self._old)
+
+    def remember(self, tail: Tensor, old: Tensor | None = None) -> None:
+        """Write one new cache, over the old one where that is donated.
+
+        A copy in any case, because a view would keep the whole extended tensor alive.
+        """
+        self._new.append(tail.clone() if old is None or not self.donate else old.copy_(tail))
 
     def forget(self, like: Tensor, frames: int) -> None:
         """Write a zero cache for a layer that the first call skips. like [B, C, T, H, W]."""
@@ -74,11 +79,20 @@ class ChannelNorm(nn.Module):
 class CausalConv(nn.Conv3d):
     """A 3x3x3 convolution that sees the present and two frames before it."""
 
+    kernels: KernelSet = EAGER
+
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
         return super().forward(tape.extend(x, 2))
+
+    def after_norm(self, x: Tensor, norm: ChannelNorm, tape: Tape) -> Tensor:
+        """Norm, SiLU, and this convolution of both. x [B, C, T, H, W] -> [B, C_out, T, H, W]."""
+        old = tape.history()
+        y, tail = self.kernels.norm_silu_conv(x, norm.gamma, self.weight, self.bias, old)
+        tape.remember(tail, old)
+        return y
 
 
 class ResBlock(nn.Module):
@@ -93,9 +107,9 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), tape)
-        y = self.conv2(F.silu(self.norm2(y)), tape)
-        return self.shortcut(x) + y
+        y = self.conv1.after_norm(x, self.norm1, tape)
+        y = self.conv2.after_norm(y, self.norm2, tape)
+        return y + self.shortcut(x)  # a sum has the layout of its first term: the convolution's
 
 
 class FrameAttention(nn.Module):
@@ -151,9 +165,13 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Doubles height and width, and with `temporal` the frame rate too (never the clip's first block)."""
 
+    kernels: KernelSet = EAGER
+    folded: Tensor | None
+
     def __init__(self, channels_in: int, channels_out: int, temporal: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.register_buffer("folded", None, persistent=False)
         self.time_conv = nn.Conv3d(channels_in, 2 * channels_in, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
@@ -165,8 +183,13 @@ class Up(nn.Module):
                     1, (2, -1)
                 )  # [B, 2C, T, H, W] -> [B, 2, C, T, H, W]
                 x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # -> [B, C, 2T, H, W], even frames first
-        frames = F.interpolate(fold_time(x), scale_factor=2.0, mode="nearest")
-        return unfold_time(self.conv(frames), x.shape[0])
+        frames = self.kernels.upsample_conv(fold_time(x), self.conv.weight, self.conv.bias, self.folded)
+        return unfold_time(frames, x.shape[0])
+
+    def fold(self) -> None:
+        """Sum the weights for the kernel that runs on the small image, once; plain PyTorch needs no such sums."""
+        plain = self.kernels.upsample_conv is EAGER.upsample_conv
+        self.folded = None if plain else subpixel_weights(self.conv.weight.detach())
 
 
 def fold_time(x: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """The kernels a model is run with: one object instead of switches. Both sets take the same arguments.
 
 EAGER is plain PyTorch, which every exporter can read. `fused` is for a CUDA device with Triton, at inference; `chosen`
-has those of them that measuring found to be no slower there.
+has those of them that measuring found to be no slower there, on the calls where they are.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from .dispatch import DTYPES, ChoiceTable, Shape
+from .kernel_table import OpTiming, call_text, choose
 from .modulation import (
     gated_residual,
     gated_residual_eager,
@@ -20,8 +22,8 @@ from .modulation import (
     residual_norm_eager,
 )
 from .pixels import to_bytes, to_bytes_eager
-from .subpixel import subpixel_conv, subpixel_conv_eager
-from .vae_norm import norm_silu_into, norm_silu_into_eager
+from .subpixel import upsample_conv, upsample_conv_eager
+from .vae_norm import norm_silu_conv, norm_silu_conv_eager
 from .window_attention import attend, attend_eager, norm_rope, norm_rope_eager
 
 
@@ -34,9 +36,13 @@ class KernelSet:
     modulated_norm: Callable[..., Tensor]
     gated_residual: Callable[..., Tensor]
     residual_norm: Callable[..., tuple[Tensor, Tensor]]
-    norm_silu_into: Callable[..., None]
-    subpixel_conv: Callable[..., Tensor]
+    norm_silu_conv: Callable[..., tuple[Tensor, Tensor]]
+    upsample_conv: Callable[..., Tensor]
     to_bytes: Callable[..., tuple[Tensor, Tensor]]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "KernelSet":
+        """Itself, as it never changes: ops cannot be copied, and modules that run by them can."""
+        return self
 
 
 EAGER = KernelSet(
@@ -45,8 +51,8 @@ EAGER = KernelSet(
     modulated_norm_eager,
     gated_residual_eager,
     residual_norm_eager,
-    norm_silu_into_eager,
-    subpixel_conv_eager,
+    norm_silu_conv_eager,
+    upsample_conv_eager,
     to_bytes_eager,
 )
 
@@ -80,13 +86,24 @@ def fused(table: ChoiceTable, gpu: str) -> KernelSet:
         modulated_norm,
         gated_residual,
         residual_norm,
-        norm_silu_into,
-        subpixel_conv,
+        norm_silu_conv,
+        upsample_conv,
         to_bytes,
     )
 
 
-def chosen(table: ChoiceTable, gpu: str, names: Iterable[str]) -> KernelSet:
-    """EAGER with the ops of these names fused, and attention as the table has it for this GPU."""
-    every = fused(table, gpu)
-    return replace(EAGER, attend=every.attend, **{name: getattr(every, name) for name in names})
+def chosen(table: ChoiceTable, gpu: str, timings: Iterable[OpTiming]) -> KernelSet:
+    """EAGER with ops fused on the calls where they take no longer, and attention as the table has it for this GPU."""
+    timings, every = tuple(timings), fused(table, gpu)
+    ops: dict[str, Callable[..., Any]] = {}
+    for op in {timing.op for timing in timings if timing.wins}:
+        of_op = [timing for timing in timings if timing.op == op]
+        wins = frozenset(call for _, call in choose(of_op))
+        other = getattr(every, op)
+        ops[op] = other if len(wins) == len(of_op) else partial(fused_on, wins, other, getattr(EAGER, op))
+    return replace(EAGER, attend=every.attend, **ops)
+
+
+def fused_on(wins: frozenset[str], other: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Any:
+    """The fused form of an op for these calls, as call_text writes them, and the plain one for all else."""
+    return (other if call_text(arguments) in wins else plain)(*arguments)

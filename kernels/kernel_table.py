@@ -5,7 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .dispatch import ChoiceTable
+from torch import Tensor
+
+from .dispatch import DTYPES, ChoiceTable
+
+SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class OpTiming:
     """One op on the shapes of one call: milliseconds of both forms, taken in turns, or why the fused one is refused."""
 
     op: str
-    call: str  # its arguments, as measure_ops.Call writes them
+    call: str  # its arguments, as call_text writes them
     gpu: str
     versions: Mapping[str, str]
     eager: tuple[float, ...] = ()
@@ -29,12 +33,21 @@ class OpTiming:
         return statistics.median(self.fused) <= statistics.median(self.eager)
 
 
-def choose(timings: Iterable[OpTiming]) -> tuple[str, ...]:
-    """The ops whose fused form takes no longer on any of the calls that were measured, in alphabetical order."""
-    wins: dict[str, bool] = {}
-    for timing in timings:
-        wins[timing.op] = wins.get(timing.op, True) and timing.wins
-    return tuple(sorted(op for op, all_won in wins.items() if all_won))
+def choose(timings: Iterable[OpTiming]) -> tuple[tuple[str, str], ...]:
+    """The calls whose fused form takes no longer, by op and arguments, in alphabetical order."""
+    return tuple(sorted((timing.op, timing.call) for timing in timings if timing.wins))
+
+
+def call_text(arguments: Iterable[Any]) -> str:
+    """Arguments in words, such as `bf16 1x4x101x48, fp32 1x4x48, 1e-06`; calls with equal ones are alike."""
+    return ", ".join(_words(argument) for argument in arguments)
+
+
+def _words(argument: Any) -> str:
+    if not isinstance(argument, Tensor):
+        return str(argument)
+    dtype = SHORT.get(argument.dtype, str(argument.dtype).removeprefix("torch."))
+    return f"{dtype} {'x'.join(map(str, argument.shape))}"
 
 
 @dataclass(frozen=True)

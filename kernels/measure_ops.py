@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .dispatch import LIMIT, device_name, elapsed_ms, installed, refusal
 from .kernel_set import EAGER, KernelSet
-from .kernel_table import OpTiming
+from .kernel_table import OpTiming, call_text
+from .subpixel import subpixel_weights
 
 WARMUP = 3
 
@@ -23,8 +24,8 @@ class Call:
 
     @property
     def text(self) -> str:
-        """The arguments in words, such as `bf16 1x4x101x48, fp32 1x4x48, 1e-06`; calls with equal ones are alike."""
-        return ", ".join(_words(argument) for argument in self.arguments)
+        """The arguments in words."""
+        return call_text(self.arguments)
 
     def inputs(self, device: torch.device) -> tuple[Any, ...]:
         """The same arguments with normal values, the same ones every time."""
@@ -36,7 +37,11 @@ class Call:
             made = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
             return made.normal_(generator=generator)
 
-        return tuple(draw(argument) for argument in self.arguments)
+        drawn = tuple(draw(argument) for argument in self.arguments)
+        if self.op == "upsample_conv":  # one argument is made of another: drawn values would not fit
+            x, weight, bias, _ = drawn
+            return x, weight, bias, subpixel_weights(weight)
+        return drawn
 
 
 def recorder(calls: dict[tuple[str, str], Call]) -> KernelSet:
@@ -78,9 +83,8 @@ def _compare(call: Call, kernels: KernelSet, device: torch.device, repeats: int)
 
 
 def _results(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a call gives; of an op that writes in place, its arguments afterwards."""
+    """The tensors that a call gives."""
     made = function(*arguments)
-    made = arguments if made is None else made
     return tuple(x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor))
 
 
@@ -91,11 +95,3 @@ def _distance(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
         norm = other.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
         distances.append(float((one.float() - other.float()).norm() / norm))
     return max(distances)
-
-
-def _words(argument: Any) -> str:
-    if not isinstance(argument, Tensor):
-        return str(argument)
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    dtype = short.get(argument.dtype, str(argument.dtype).removeprefix("torch."))
-    return f"{dtype} {'x'.join(map(str, argument.shape))}"

@@ -23,8 +23,11 @@ def subpixel_weights(weight: Tensor) -> Tensor:
     return summed.to(weight.dtype).contiguous()
 
 
-def upsample_conv_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What the four convolutions replace. x [N, C_in, H, W], weight [C_out, C_in, 3, 3] -> [N, C_out, 2H, 2W]."""
+def upsample_conv_eager(x: Tensor, weight: Tensor, bias: Tensor | None, folded: Tensor | None = None) -> Tensor:
+    """What the four convolutions replace. x [N, C_in, H, W], weight [C_out, C_in, 3, 3] -> [N, C_out, 2H, 2W].
+
+    `folded` is what subpixel_weights makes of the weight, for those who read it.
+    """
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
@@ -58,3 +61,8 @@ def _(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
     from . import subpixel_triton
 
     return subpixel_triton.subpixel_conv(x, weights, bias)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, folded: Tensor | None = None) -> Tensor:
+    """upsample_conv_eager by subpixel_conv; without `folded`, the weights are summed in this call."""
+    return subpixel_conv(x, subpixel_weights(weight) if folded is None else folded, bias)

@@ -34,6 +34,7 @@ TILES = {
     100: ConvTile(128, 128, 64, 8, 4),
     120: ConvTile(128, 128, 32, 8, 3),
 }
+WIDE = ConvTile(64, 64, 16, 8, 2)  # in fp32, on any: products without tensor cores, which would round to TF32
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def subpixel_kernel(
             mask=(channel < channels_in)[:, None] & (channel_out < channels_out)[None, :],
             other=0,
         )
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     acc += tl.load(bias + channel_out, mask=channel_out < channels_out, other=0).to(tl.float32)[None, :]
     target = ((image * 2 * height + 2 * row + parity // 2) * 2 * width + 2 * column + parity % 2) * channels_out
     mask = real[:, None] & (channel_out < channels_out)[None, :]
@@ -94,8 +95,10 @@ def plan_subpixel(x: Tensor, weights: Tensor, bias: Tensor, out: Tensor, tile: C
     return Launch(subpixel_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
-def conv_tile(arch: int) -> ConvTile:
+def conv_tile(arch: int, dtype: torch.dtype) -> ConvTile:
     """The tile for this compute capability; for an unknown one, that of the nearest below it."""
+    if dtype == torch.float32:
+        return WIDE
     return TILES[max((known for known in TILES if known <= arch), default=80)]
 
 
@@ -108,5 +111,5 @@ def subpixel_conv(x: Tensor, weights: Tensor, bias: Tensor, tile: ConvTile | Non
         device=x.device,
         memory_format=torch.channels_last,
     )
-    plan_subpixel(x, weights, bias, out, tile or conv_tile(capability(x.device))).run()
+    plan_subpixel(x, weights, bias, out, tile or conv_tile(capability(x.device), x.dtype)).run()
     return out

@@ -1,8 +1,8 @@
-"""The VAE's norm and SiLU, written where the next causal convolution reads.
+"""The VAE's norm and SiLU, written where the causal convolution after them reads.
 
-A causal 3x3x3 convolution reads the present frame and the two before it. Its input is a ring of three frames: each new
-frame takes the place of the oldest, and the kernel's time axis is rolled instead of the frames, so that history is
-never moved, joined or padded. Axes: B batch, C channels, T frames of this call, H and W rows and columns.
+A causal 3x3x3 convolution reads the frames of this call and the two before them. Plain PyTorch makes the normed frames
+in seven passes and joins them to history in one more; here they are written behind it at once.
+Axes: B batch, C channels, T frames of this call, H and W rows and columns.
 """
 
 # ruff: noqa: ARG001  (an op's fake form takes what the op takes)
@@ -13,62 +13,56 @@ from torch import Tensor
 
 from .norm import channel_norm
 
-FRAMES = 3  # the present and two before it
+HISTORY = 2  # frames before the present that a convolution sees
 
 
-def norm_silu_into_eager(x: Tensor, gamma: Tensor, ring: Tensor, slot: int) -> None:
-    """Write silu(channel_norm(x)) into the ring's frames slot, slot+1, ... modulo its length.
-
-    x [B, C, T, H, W]; gamma [C, 1, 1, 1]; ring [B, C, F, H, W] with T <= F.
-    """
-    y = F.silu(channel_norm(x, gamma))
-    for frame in range(x.shape[2]):
-        ring[:, :, (slot + frame) % ring.shape[2]] = y[:, :, frame]
+def norm_silu_into_eager(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """Write silu(channel_norm(x)) to `out`. x and out [B, C, T, H, W]; gamma [C, 1, 1, 1]."""
+    out.copy_(F.silu(channel_norm(x, gamma)))
 
 
-@torch.library.custom_op("swifti2v::norm_silu_into", mutates_args=("ring",))
-def norm_silu_into(x: Tensor, gamma: Tensor, ring: Tensor, slot: int) -> None:
+@torch.library.custom_op("swifti2v::norm_silu_into", mutates_args=("out",))
+def norm_silu_into(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     """norm_silu_into_eager in one pass. Fastest where both are channels_last_3d, as the convolution wants them."""
-    norm_silu_into_eager(x, gamma, ring, slot)
+    norm_silu_into_eager(x, gamma, out)
 
 
 @norm_silu_into.register_fake
-def _(x: Tensor, gamma: Tensor, ring: Tensor, slot: int) -> None:
+def _(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     return None
 
 
 @norm_silu_into.register_kernel("cuda")
-def _(x: Tensor, gamma: Tensor, ring: Tensor, slot: int) -> None:
+def _(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     from . import vae_norm_triton
 
-    vae_norm_triton.norm_silu_into(x, gamma, ring, slot)
-
-
-def new_ring(frame: Tensor) -> Tensor:
-    """A ring of zeros, the history of a clip's first frame. frame [B, C, 1, H, W] -> [B, C, 3, H, W]."""
-    batch, channels, _, height, width = frame.shape
-    shape = (batch, channels, FRAMES, height, width)
-    layout = torch.channels_last_3d
-    return torch.empty(shape, dtype=frame.dtype, device=frame.device, memory_format=layout).zero_()
-
-
-def rolled_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One kernel for each slot the newest frame can be in, made once. weight [C_out, C_in, 3, 3, 3] -> 3 like it."""
-    # With the newest frame in slot s, slot f holds tap (f - s - 1) modulo 3: the oldest, tap 0, is in slot s + 1.
-    first, second, third = (
-        weight.roll(slot + 1, dims=2).contiguous(memory_format=torch.channels_last_3d) for slot in range(FRAMES)
-    )
-    return first, second, third
-
-
-def ring_conv(ring: Tensor, rolled: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, slot: int) -> Tensor:
-    """The causal convolution of the newest frame, in `slot`. ring [B, C_in, 3, H, W] -> [B, C_out, 1, H, W]."""
-    return F.conv3d(ring, rolled[slot], bias, padding=(0, 1, 1))
+    vae_norm_triton.norm_silu_into(x, gamma, out)
 
 
 def norm_silu_conv_eager(
-    x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor
+    x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the ring replaces: norm, SiLU, joining with history [B, C, 2, H, W], convolution, copying new history."""
-    extended = torch.cat((history, F.silu(channel_norm(x, gamma))), dim=2)  # [B, C, 2+T, H, W]
-    return F.conv3d(extended, weight, bias, padding=(0, 1, 1)), extended[:, :, -2:].clone()
+    """Norm, SiLU and a causal convolution: its result, and the history of the next call, a view of something larger.
+
+    x [B, C, T, H, W], weight [C_out, C, 3, 3, 3], history [B, C, 2, H, W], or None for zeros
+    -> [B, C_out, T, H, W], [B, C, 2, H, W].
+    """
+    y = F.silu(channel_norm(x, gamma))
+    extended = F.pad(y, (0, 0, 0, 0, HISTORY, 0)) if history is None else torch.cat((history, y), dim=2)
+    return F.conv3d(extended, weight, bias, padding=(0, 1, 1)), extended[:, :, -HISTORY:]
+
+
+def norm_silu_conv(
+    x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """norm_silu_conv_eager with the normed frames written in place; what it gives is channels_last_3d."""
+    batch, channels, frames, height, width = x.shape
+    shape, layout = (batch, channels, HISTORY + frames, height, width), torch.channels_last_3d
+    extended = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    before, present = extended.split((HISTORY, frames), dim=2)
+    if history is None:
+        before.zero_()
+    else:
+        before.copy_(history)
+    norm_silu_into(x, gamma, present)
+    return F.conv3d(extended, weight, bias, padding=(0, 1, 1)), extended[:, :, -HISTORY:]

@@ -21,7 +21,7 @@ class Acceleration:
     """How modules are run. The default is plain PyTorch, on any device."""
 
     kernels: KernelSet = EAGER
-    fused: tuple[str, ...] = ()  # ops that run fused
+    fused: tuple[tuple[str, str], ...] = ()  # op and arguments of the calls that run fused
     attention: tuple[tuple[Shape, str], ...] = ()  # the backend of every shape
     cuda_graphs: bool = False  # denoising steps are captured and replayed
 

@@ -18,6 +18,7 @@ from .frame_files import own_part_of
 
 FORMAT = "1"
 PLAIN = ("anchor", "latents", "reference")
+LAST = torch.channels_last_3d
 CACHES = ("motion_cache", "reference_cache", "decoder_cache")
 
 
@@ -31,8 +32,11 @@ class Saved:
 
 def save_state(path: Path, saved: Saved) -> None:
     """Write the file so that it appears whole or not at all. OSError or FarmError where it cannot."""
-    tensors = _flat(saved)
+    named = _named(saved)
+    last = [name for name, tensor in named.items() if tensor.is_contiguous(memory_format=LAST)]
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
     metadata = {"format": FORMAT, "segment": str(saved.state.segment), "sha256": _digest(tensors)}
+    metadata["channels_last"] = " ".join(last)  # a convolution of another layout gives other bits
     part = own_part_of(path)
     try:
         save_file(tensors, part, metadata)
@@ -56,7 +60,9 @@ def load_state(path: Path, device: torch.device) -> Saved:
         raise FarmError(f"{path}: got '{error}', want a saved state; delete it and the shot starts over") from error
     if metadata.get("format") != FORMAT or metadata.get("sha256") != _digest(tensors):
         raise FarmError(f"{path}: got contents of another checksum or format; delete it and the shot starts over")
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    last = metadata.get("channels_last", "").split()
+    layouts = {name: LAST if name in last else torch.preserve_format for name in tensors}
+    tensors = {name: tensor.to(device, memory_format=layouts[name]) for name, tensor in tensors.items()}
     caches = {
         cache: tuple(tensors[f"{cache}.{index}"] for index in range(sum(n.startswith(f"{cache}.") for n in tensors)))
         for cache in CACHES
@@ -65,12 +71,12 @@ def load_state(path: Path, device: torch.device) -> Saved:
     return Saved(tensors["motion"], SegmentState(int(metadata["segment"]), *plain, **caches))
 
 
-def _flat(saved: Saved) -> dict[str, Tensor]:
-    """Every tensor by a name of its own, on the CPU."""
+def _named(saved: Saved) -> dict[str, Tensor]:
+    """Every tensor by a name of its own."""
     tensors = {"motion": saved.motion, **{name: getattr(saved.state, name) for name in PLAIN}}
     for cache in CACHES:
         tensors |= {f"{cache}.{index}": tensor for index, tensor in enumerate(getattr(saved.state, cache))}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

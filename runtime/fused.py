@@ -1,4 +1,4 @@
-"""Which kernels a profile's models run with: each is measured once on the GPU at hand, and used if it is no slower."""
+"""Which kernels a profile's models run with: each is measured once on the GPU at hand, and used where no slower."""
 
 import copy
 import json
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..engine.errors import EnvironmentMismatch, MediaError
 from ..engine.graphs import profile_graphs
 from ..engine.profile import Profile
+from ..engine.vae_layers import Up
 from ..kernels.dispatch import Shape, device_name, installed, measure
 from ..kernels.kernel_set import KernelSet, chosen, fused, shape_of
 from ..kernels.kernel_table import KernelTable, choose
 from ..kernels.measure_ops import Call, measure_op, recorder
 from .acceleration import Acceleration, KernelChoice, can_fuse, check_acceleration
 from .backend_cache import keep_folder
-from .cuda_graphs import is_step
 from .models import Loaded
 from .sidecar import write_json
 
@@ -67,7 +67,7 @@ def measure_kernels(
     What `folder`/kernels.json does not have of this GPU is measured, seconds for an attention at 2K, and kept there.
     """
     gpu, versions = device_name(device), installed()
-    calls = (*step_calls(profile, modules, dtype), *frame_calls(profile, dtype))
+    calls = (*graph_calls(profile, modules, dtype), *frame_calls(profile, dtype))
     shapes = tuple(dict.fromkeys(_shape(call) for call in calls if call.op == "attend"))
     ops = [call for call in calls if call.op != "attend"]
     table = (KernelTable() if folder is None else read_table(folder / TABLE)).without_stale(gpu, versions)
@@ -80,10 +80,9 @@ def measure_kernels(
         every = fused(table.attention, gpu)
         table = table.add(*(measure_op(call, every, device) for call in new_calls))
         _keep(table, folder, say)
-    found = [table.find(call.op, call.text, gpu) for call in ops]
-    names = choose(timing for timing in found if timing is not None)
+    found = [timing for call in ops if (timing := table.find(call.op, call.text, gpu)) is not None]
     backends = tuple((shape, table.attention.backend(shape, gpu)) for shape in shapes)
-    return Acceleration(chosen(table.attention, gpu, names), names, backends)
+    return Acceleration(chosen(table.attention, gpu, found), choose(found), backends)
 
 
 def _keep(table: KernelTable, folder: Path | None, say: Say) -> None:
@@ -98,11 +97,13 @@ def _keep(table: KernelTable, folder: Path | None, say: Say) -> None:
 
 
 def give_kernels(modules: Mapping[str, nn.Module], kernels: KernelSet) -> None:
-    """Set the kernels of every layer that runs by them."""
+    """Set the kernels of every layer that runs by them, and make the weights that these want once."""
     for module in modules.values():
         for layer in module.modules():
             if isinstance(getattr(layer, "kernels", None), KernelSet):
                 setattr(layer, "kernels", kernels)  # noqa: B010  (a type checker takes a module's attributes for modules)
+            if isinstance(layer, Up):
+                layer.fold()
 
 
 def read_table(path: Path) -> KernelTable:
@@ -113,11 +114,14 @@ def read_table(path: Path) -> KernelTable:
         return KernelTable()
 
 
-def step_calls(profile: Profile, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> tuple[Call, ...]:
-    """Every kernel call of the modules' denoising steps that is unlike the others, written down on the meta device."""
+def graph_calls(profile: Profile, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> tuple[Call, ...]:
+    """Every kernel call of the modules' graphs that is unlike the others, written down on the meta device.
+
+    Not those of the graphs that make text keys: a clip calls them once, and norms a few hundred tokens there.
+    """
     calls: dict[tuple[str, str], Call] = {}
     for graph in profile_graphs(profile, dtype).values():
-        if not is_step(graph.spec) or graph.weights not in modules:
+        if graph.spec.name.endswith(("_time", "_text")) or graph.weights not in modules:
             continue
         bare = twin(modules[graph.weights], lambda tensor: tensor.to("meta"))
         give_kernels({graph.weights: bare}, recorder(calls))

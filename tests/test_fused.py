@@ -1,7 +1,9 @@
 """Kernels for a profile's models: what is measured, what is chosen, what is refused, and that frames stay the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from swifti2v.engine.errors import EnvironmentMismatch
 from swifti2v.engine.graphs import profile_graphs
 from swifti2v.engine.profile import Profile
 from swifti2v.kernels.dispatch import Choice, ChoiceTable, Shape, Timing
-from swifti2v.kernels.kernel_set import EAGER, chosen, fused
+from swifti2v.kernels.kernel_set import EAGER, chosen, fused, fused_on
 from swifti2v.kernels.kernel_table import KernelTable, OpTiming, choose
 from swifti2v.kernels.measure_ops import Call, measure_op
 from swifti2v.runtime.cli_kernels import show_kernels
@@ -21,9 +23,9 @@ from swifti2v.runtime.fused import (
     accelerate,
     frame_calls,
     give_kernels,
+    graph_calls,
     measure_kernels,
     read_table,
-    step_calls,
     twin,
 )
 from swifti2v.runtime.inspection import describe_kernels
@@ -32,23 +34,39 @@ from swifti2v.runtime.session import Request, Session
 
 CPU = torch.device("cpu")
 STEP_OPS = {"attend", "gated_residual", "modulated_norm", "norm_rope", "residual_norm"}
+VAE_OPS = {"norm_silu_conv", "upsample_conv"}
 
 
 def timing(op: str, eager: float, fused: float, call: str = "", refused: str = "") -> OpTiming:
     return OpTiming(op, call, "some GPU", {"torch": "2"}, (eager,) * 3, (fused, fused, 99.0), 1e-3, refused)
 
 
-def test_an_op_is_chosen_where_it_is_slower_nowhere():
+def test_an_op_is_chosen_on_the_calls_where_it_is_no_slower():
     times = (
         timing("norm_rope", 2.0, 1.0), timing("norm_rope", 2.0, 2.0, "short"),
         timing("modulated_norm", 2.0, 1.0), timing("modulated_norm", 2.0, 2.1, "short"),
         timing("to_bytes", 2.0, 1.0, refused="RuntimeError: no kernel image"),
         OpTiming("residual_norm", "", "some GPU", {}),
     )  # fmt: skip
-    assert choose(times) == ("norm_rope",)
-    kernels = chosen(ChoiceTable(), "some GPU", choose(times))
-    assert kernels.norm_rope is not EAGER.norm_rope
-    assert replace(kernels, norm_rope=EAGER.norm_rope, attend=EAGER.attend) == EAGER
+    assert choose(times) == (("modulated_norm", ""), ("norm_rope", ""), ("norm_rope", "short"))
+    kernels, every = chosen(ChoiceTable(), "some GPU", times), fused(ChoiceTable(), "some GPU")
+    assert kernels.norm_rope is every.norm_rope
+    same = {"modulated_norm": EAGER.modulated_norm, "norm_rope": EAGER.norm_rope, "attend": EAGER.attend}
+    assert replace(kernels, **same) == EAGER
+
+
+def test_an_op_that_wins_on_some_calls_runs_fused_on_those_alone():
+    x = torch.randn(1, 8, 5)
+    ran: list[str] = []
+
+    def form(name: str) -> Callable[..., torch.Tensor]:
+        return lambda *given: ran.append(name) or given[0]
+
+    run = partial(fused_on, frozenset({"fp32 1x8x5, None, 1e-06"}), form("fused"), form("plain"))
+    assert run(x, None, 1e-6) is x
+    run(x[:, 1:], None, 1e-6)
+    run(x.bfloat16(), None, 1e-6)
+    assert ran == ["fused", "plain", "plain"]
 
 
 def test_a_table_comes_back_and_forgets_other_versions(tmp_path: Path):
@@ -85,11 +103,11 @@ def test_a_table_is_shown_with_what_runs_and_why_the_rest_does_not(tmp_path: Pat
     assert capsys.readouterr().out == ""
 
 
-def test_calls_are_those_that_steps_make(tiny: Profile, make_modules):
+def test_calls_are_those_that_graphs_make(tiny: Profile, make_modules):
     tiny = replace(tiny, stage1=replace(tiny.stage1, dit=replace(tiny.stage1.dit, image_dim=12, image_tokens=5)))
     modules = make_modules(tiny)
-    calls = step_calls(tiny, modules, torch.float32)
-    assert {call.op for call in calls} == STEP_OPS
+    calls = graph_calls(tiny, modules, torch.float32)
+    assert {call.op for call in calls} == STEP_OPS | VAE_OPS
     assert len({(call.op, call.text) for call in calls}) == len(calls)
     keys = {call.arguments[1].shape[2] for call in calls if call.op == "attend"}
     tokens = {blocks * tiny.stage2.block_tokens for blocks in tiny.windows}
@@ -141,7 +159,7 @@ def test_kernels_are_measured_once_kept_and_give_the_same_frames(tiny: Profile, 
     again = measure_kernels(tiny, loaded.modules, torch.float32, CPU, tmp_path / "new", said.append)
     assert (again.fused, again.attention, len(said)) == (made.fused, made.attention, 1), "nothing is measured twice"
     rows = describe_kernels(tmp_path / "new" / TABLE)
-    assert {row["kernel"] for row in rows} == STEP_OPS | {"to_bytes"}
+    assert {row["kernel"] for row in rows} == STEP_OPS | VAE_OPS | {"to_bytes"}
     assert all(row["ms"] <= row["plain_ms"] or row["kernel"] == "attend" for row in rows)
 
     every = fused(ChoiceTable(), "cpu")
@@ -152,7 +170,10 @@ def test_kernels_are_measured_once_kept_and_give_the_same_frames(tiny: Profile, 
     assert faster.backend == f"eager, {made.words}"
     with Session.open(faster) as session:
         got = [chunk.frames for chunk in session.generate(request)]
-    assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+    for a, b in zip(want, got, strict=True):
+        difference = np.abs(a.astype(int) - b.astype(int))  # folded weights round elsewhere
+        assert difference.max() <= 1
+        assert difference.mean() < 1e-3
 
 
 def test_what_cannot_be_kept_is_said(tiny: Profile, tmp_path: Path):

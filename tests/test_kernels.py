@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swifti2v.engine.dit import SelfAttention
 from swifti2v.engine.profile import DiTConfig
-from swifti2v.engine.vae_layers import CausalConv, ChannelNorm, Tape, Up, unpatchify
+from swifti2v.engine.vae_layers import CausalConv, ChannelNorm, Tape, unpatchify
 from swifti2v.kernels.attention import attention
 from swifti2v.kernels.dispatch import ChoiceTable
 from swifti2v.kernels.kernel_set import EAGER, fused
@@ -19,14 +19,14 @@ from swifti2v.kernels.modulation import gated_residual, modulated_norm, residual
 from swifti2v.kernels.norm import gated_residual as gate_reference
 from swifti2v.kernels.norm import modulated_layer_norm
 from swifti2v.kernels.pixels import to_bytes
-from swifti2v.kernels.subpixel import subpixel_conv, subpixel_conv_eager, subpixel_weights, upsample_conv_eager
-from swifti2v.kernels.vae_norm import (
-    new_ring,
-    norm_silu_conv_eager,
-    norm_silu_into,
-    ring_conv,
-    rolled_weights,
+from swifti2v.kernels.subpixel import (
+    subpixel_conv,
+    subpixel_conv_eager,
+    subpixel_weights,
+    upsample_conv,
+    upsample_conv_eager,
 )
+from swifti2v.kernels.vae_norm import norm_silu_conv, norm_silu_conv_eager, norm_silu_into
 from swifti2v.kernels.window_attention import attend, attend_eager, norm_rope, norm_rope_eager, norm_rope_into
 
 
@@ -106,27 +106,18 @@ def test_one_axis_of_weights_is_an_ordinary_layer_norm():
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_a_ring_gives_the_causal_convolution_of_every_frame(layout: torch.memory_format):
+@pytest.mark.parametrize("frames", [1, 2])
+def test_norm_silu_and_the_causal_convolution_frame_by_frame(layout: torch.memory_format, frames: int):
     norm, conv = ChannelNorm(6, 3), CausalConv(6, 10)
     norm.gamma.uniform_(0.5, 1.5)
     video = torch.randn(2, 6, 7, 5, 4).contiguous(memory_format=layout)
-    want = conv(F.silu(norm(video)), Tape(None))
-    ring, rolled = new_ring(video[:, :, :1]), rolled_weights(conv.weight)
-    history = video.new_zeros(2, 6, 2, 5, 4)
-    for index in range(7):
-        frame = video[:, :, index : index + 1]
-        norm_silu_into(frame, norm.gamma, ring, index % 3)
-        near(ring_conv(ring, rolled, conv.bias, index % 3), want[:, :, index : index + 1])
-        replaced, history = norm_silu_conv_eager(frame, norm.gamma, conv.weight, conv.bias, history)
-        near(replaced, want[:, :, index : index + 1])
-
-
-def test_several_frames_enter_a_ring_around_its_end():
-    x, gamma, ring = torch.randn(1, 4, 2, 3, 3), torch.rand(4, 1, 1, 1), torch.zeros(1, 4, 3, 3, 3)
-    norm_silu_into(x, gamma, ring, 2)
-    want = F.silu(F.normalize(x, dim=1) * 2 * gamma)
-    near(ring[:, :, [2, 0]], want)
-    assert not ring[:, :, 1].any()
+    want = conv(F.silu(F.normalize(video, dim=1) * 6**0.5 * norm.gamma), Tape(None))
+    for run in (norm_silu_conv, norm_silu_conv_eager):
+        made, history = [], None
+        for x in video.split(frames, dim=2):
+            y, history = run(x, norm.gamma, conv.weight, conv.bias, history)
+            made.append(y)
+        near(torch.cat(made, dim=2), want)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (4, 3)])
@@ -135,18 +126,9 @@ def test_four_small_convolutions_are_upsampling_and_a_convolution_borders_includ
     weight, bias = torch.randn(7, 5, 3, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     weights = subpixel_weights(weight)
     assert weights.shape == (2, 2, 2, 2, 5, 7)
-    for got in (subpixel_conv_eager(x, weights, bias), subpixel_conv(x, weights, bias)):
+    given = (subpixel_conv_eager(x, weights, bias), subpixel_conv(x, weights, bias))
+    for got in (*given, upsample_conv(x, weight, bias, weights), upsample_conv(x, weight, bias)):
         torch.testing.assert_close(got, upsample_conv_eager(x, weight, bias), rtol=1e-12, atol=1e-12)
-
-
-@torch.no_grad()
-def test_subpixel_takes_the_place_of_the_engines_upsampling():
-    up = Up(6, 4, temporal=False)
-    x = torch.randn(2, 6, 3, 4, 5)
-    assert up.conv.bias is not None
-    frames = x.transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B*T, C, H, W]
-    got = subpixel_conv(frames, subpixel_weights(up.conv.weight), up.conv.bias)
-    near(got.unflatten(0, (2, 3)).transpose(1, 2), up(x, Tape(None)))
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -176,7 +158,7 @@ def op_calls() -> dict[str, tuple]:
     q, v = torch.randn(2, 3, 6, 8), torch.randn(2, 6, 3, 8).transpose(1, 2)
     x, weight, (cos, sin) = torch.randn(2, 6, 24), torch.rand(24), torch.randn(2, 6, 4)
     h, y, (shift, scale, gate, *_) = modulation_inputs()
-    ring = torch.zeros(1, 4, 3, 3, 5).to(memory_format=torch.channels_last_3d)
+    frame, out = torch.randn(1, 4, 1, 3, 5), torch.zeros(1, 4, 1, 3, 5).to(memory_format=torch.channels_last_3d)
     return {
         "norm_rope": (norm_rope, (x, weight, cos, sin, 3, 1e-6)),
         "norm_rope_into": (norm_rope_into, (torch.zeros(2, 3, 9, 8)[:, :, 3:], x, weight, None, None, 3, 1e-6)),
@@ -186,7 +168,7 @@ def op_calls() -> dict[str, tuple]:
         "gated_residual": (gated_residual, (h, y, gate)),
         "residual_norm": (residual_norm, (h, y, gate, scale, shift, 1e-6)),
         "residual_norm-plain": (residual_norm, (h, y, None, weight[:16], weight[-16:], 1e-6)),
-        "norm_silu_into": (norm_silu_into, (torch.randn(1, 4, 1, 3, 5), torch.rand(4, 1, 1, 1), ring, 1)),
+        "norm_silu_into": (norm_silu_into, (frame, torch.rand(4, 1, 1, 1), out)),
         "subpixel_conv": (
             subpixel_conv,
             (torch.randn(2, 5, 3, 4), subpixel_weights(torch.randn(6, 5, 3, 3)), torch.randn(6)),

@@ -73,18 +73,17 @@ def test_modulation(dtype: torch.dtype, width: int):
 
 
 @pytest.mark.parametrize("channels", [20, 160, 1024])
-def test_ring_of_a_causal_convolution(dtype: torch.dtype, channels: int):
-    layout = torch.channels_last_3d
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_norm_silu_and_the_causal_convolution(dtype: torch.dtype, channels: int, layout: torch.memory_format):
     video = draw(1, channels, 5, 9, 14, dtype=dtype).contiguous(memory_format=layout)
     gamma, bias = draw(channels, 1, 1, 1, dtype=dtype), draw(8, dtype=dtype)
     weight = (draw(8, channels, 3, 3, 3) / (27 * channels) ** 0.5).to(dtype)
-    ring, rolled = vae_norm.new_ring(video[:, :, :1]), vae_norm.rolled_weights(weight)
-    history = torch.zeros_like(video[:, :, :2])
-    for index in range(5):
-        frame = video[:, :, index : index + 1]
-        vae_norm.norm_silu_into(frame, gamma, ring, index % 3)
-        want, history = vae_norm.norm_silu_conv_eager(frame, gamma, weight, bias, history)
-        near(vae_norm.ring_conv(ring, rolled, bias, index % 3), want)
+    old = history = None
+    for x in video.split((1, 1, 3), dim=2):
+        want, old = vae_norm.norm_silu_conv_eager(x, gamma, weight, bias, old)
+        got, history = vae_norm.norm_silu_conv(x, gamma, weight, bias, history)
+        near(got, want)
+        near(history, old)
 
 
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(512, 512), (96, 40)])
@@ -95,6 +94,7 @@ def test_subpixel_convolution(dtype: torch.dtype, channels_in: int, channels_out
     got = subpixel.subpixel_conv(x, subpixel.subpixel_weights(weight), bias)
     assert got.is_contiguous(memory_format=torch.channels_last)
     near(got, subpixel.upsample_conv_eager(x, weight, bias))
+    near(subpixel.upsample_conv(x.contiguous(), weight, bias), got)
 
 
 def test_bytes_to_the_last_bit(dtype: torch.dtype):

@@ -12,14 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import randomise
 from torch import Tensor
 
+from swifti2v.engine.profile import VAEConfig
+from swifti2v.engine.vae import VAE
+from swifti2v.engine.vae_layers import ChannelNorm
 from swifti2v.kernels import modulation, pixels, subpixel, vae_norm, window_attention
 from swifti2v.kernels import modulation_triton as modulation_kernels
 from swifti2v.kernels import pixels_triton as pixel_kernels
 from swifti2v.kernels import subpixel_triton as subpixel_kernels
 from swifti2v.kernels import vae_norm_triton as vae_kernels
 from swifti2v.kernels import window_attention_triton as attention_kernels
+from swifti2v.kernels.dispatch import ChoiceTable
+from swifti2v.kernels.kernel_set import fused
+from swifti2v.runtime.fused import give_kernels, twin
 
 DTYPES = (torch.float32, torch.float16)
 Interpret = Callable[..., Any]
@@ -98,13 +105,14 @@ def test_modulation(interpret: Interpret, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_norm_and_silu_into_a_ring(interpret: Interpret, dtype: torch.dtype, layout: torch.memory_format):
+def test_norm_and_silu_behind_history(interpret: Interpret, dtype: torch.dtype, layout: torch.memory_format):
     x = torch.randn(2, 20, 2, 5, 7, dtype=dtype).contiguous(memory_format=layout)
     gamma = torch.randn(20, 1, 1, 1, dtype=dtype)
-    want = torch.randn(2, 20, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last_3d)
-    ring = want.clone()
-    vae_norm.norm_silu_into_eager(x, gamma, want, 2)
-    near(interpret(vae_kernels.norm_silu_into, x, gamma, ring, 2), want)
+    want = torch.randn(2, 20, 4, 5, 7, dtype=dtype).to(memory_format=torch.channels_last_3d)
+    extended = want.clone()
+    vae_norm.norm_silu_into_eager(x, gamma, want[:, :, 2:])
+    got = interpret(vae_kernels.norm_silu_into, x, gamma, extended[:, :, 2:])
+    near(got, want[:, :, 2:])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -116,6 +124,32 @@ def test_subpixel_convolution(interpret: Interpret, dtype: torch.dtype, layout: 
     got = interpret(subpixel_kernels.subpixel_conv, x, weights, bias, tile)
     assert got.is_contiguous(memory_format=torch.channels_last)
     near(got, subpixel.subpixel_conv_eager(x, weights, bias))
+
+
+def test_a_vae_by_its_kernels(interpret: Interpret, monkeypatch: pytest.MonkeyPatch):
+    """A stream of four calls, where the kernels that a GPU would launch write behind history and between pixels."""
+    config = VAEConfig(3, 4, 4, (0.0,) * 3, (1.0,) * 3, mult=(1, 2), res_blocks=1, temporal=(True,), residual=True)
+    plain = VAE(config)
+    randomise(plain, 1)
+    other = twin(plain)
+    give_kernels({"vae": other}, fused(ChoiceTable(), "cpu"))
+    assert isinstance(other, VAE)
+    tile = subpixel_kernels.ConvTile(16, 16, 16, 4, 1)
+    launched = []
+
+    def run(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        launched.append(function.__name__)
+        return interpret(function, *arguments)
+
+    monkeypatch.setattr(
+        vae_norm, "norm_silu_into", lambda x, g, out: out.copy_(run(vae_kernels.norm_silu_into, x, g, out))
+    )
+    monkeypatch.setattr(subpixel, "subpixel_conv", lambda *given: run(subpixel_kernels.subpixel_conv, *given, tile))
+    latents = torch.randn(1, 3, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        near(other.decode(latents), plain.decode(latents))
+    assert launched.count("subpixel_conv") == 4
+    assert launched.count("norm_silu_into") == 4 * sum(isinstance(m, ChannelNorm) for m in plain.decoder.modules()) - 4
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -48,13 +48,15 @@ def other_kernels(arch: int) -> Iterator[tuple[str, Launch]]:
         yield f"norm_rope-{width}", plan_norm_rope(flat, meta(width), table, table, heads, width // 128, 1e-6)
     for channels, height, width in ((1024, 88, 160), (256, 704, 1280), (160, 704, 1280)):
         x = meta(1, channels, 1, height, width).contiguous(memory_format=torch.channels_last_3d)
-        ring = meta(1, channels, 3, height, width).contiguous(memory_format=torch.channels_last_3d)
-        plan = vae_norm_triton.plan_norm_silu(x, meta(channels, 1, 1, 1), ring, 2)
+        extended = meta(1, channels, 3, height, width).contiguous(memory_format=torch.channels_last_3d)
+        plan = vae_norm_triton.plan_norm_silu(x, meta(channels, 1, 1, 1), extended[:, :, 2:])
         yield f"norm_silu-{channels}", plan
     x = meta(1, 512, 352, 640).contiguous(memory_format=torch.channels_last)
     out = meta(1, 512, 704, 1280).contiguous(memory_format=torch.channels_last)
-    tile = subpixel_triton.conv_tile(arch)
-    yield "subpixel", subpixel_triton.plan_subpixel(x, meta(2, 2, 2, 2, 512, 512), meta(512), out, tile)
+    for name, dtype in (("subpixel", BF16), ("subpixel-fp32", FP32)):
+        weights, tile = meta(2, 2, 2, 2, 512, 512, dtype=dtype), subpixel_triton.conv_tile(arch, dtype)
+        given = (x.to(dtype), weights, meta(512, dtype=dtype), out.to(dtype))
+        yield name, subpixel_triton.plan_subpixel(*given, tile)
     x = meta(1, 12, 1, 704, 1280).contiguous(memory_format=torch.channels_last_3d)
     frames = meta(1, 1, 1408, 2560, 3, dtype=torch.uint8)
     yield "to_bytes", pixels_triton.plan_bytes(x, 2, frames, meta(1, dtype=torch.int32))
@@ -112,7 +114,9 @@ def test_attention_in_every_tile(arch: int, tokens: int, context: int, dtype: to
         check_attention(attention(tile, dim, tokens, context, dtype), arch, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["residual_norm-3072", "norm_rope-3072", "norm_silu-256", "subpixel", "to_bytes"])
+@pytest.mark.parametrize(
+    "name", ["residual_norm-3072", "norm_rope-3072", "norm_silu-256", "subpixel", "subpixel-fp32", "to_bytes"]
+)
 @pytest.mark.parametrize("arch", FAST)
 def test_kernels_of_a_2k_clip(arch: int, name: str, tmp_path: Path):
     check_other(name, dict(other_kernels(arch))[name], arch, tmp_path)
@@ -129,6 +133,8 @@ def check_other(name: str, launch: Launch, arch: int, folder: Path) -> None:
     code = check(launch, arch, folder)
     if name == "subpixel":
         assert count(code, MATRIX.get(arch, "HMMA"))
+    elif name == "subpixel-fp32":
+        assert not re.search(r"\b(?:HMMA|\w?GMMA|UTC\w*MMA)\b", code), "exact products"
     elif name != "to_bytes":  # its bytes are 12 channels apart
         assert re.search(r"\b(?:LDG|LDGSTS)\.E[.\w]*\.128\b", code), "reads 16 bytes a thread"
         assert re.search(r"\bSTG\.E[.\w]*\.128\b", code), "writes 16 bytes a thread"
@@ -137,7 +143,7 @@ def check_other(name: str, launch: Launch, arch: int, folder: Path) -> None:
 def test_an_unknown_architecture_takes_the_nearest_below():
     assert tiles(103) == window_attention_triton.TILES[100]
     assert tiles(75) == window_attention_triton.TILES[80]
-    assert subpixel_triton.conv_tile(121) == subpixel_triton.TILES[120]
+    assert subpixel_triton.conv_tile(121, BF16) == subpixel_triton.TILES[120]
 
 
 def test_offline_types_are_those_of_a_launch():
