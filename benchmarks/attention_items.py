@@ -12,7 +12,7 @@ from ..kernels.dispatch import Shape, candidates, installed, refusal, run_backen
 from ..kernels.launch import capability
 from .clock import Work
 from .flops import count_flops
-from .items import Item, random, window_of
+from .items import Item, random, step_names, window_of
 from .models import Models
 from .variants import SHORT
 
@@ -26,18 +26,19 @@ def attention_items(models: Models, dtypes: list[torch.dtype], say: Callable[[st
     """
     profile = models.profile
     names = ["stage1_step"] if profile.stage1.boundary is None else ["stage1_high_step"]
-    names += [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), profile.windows, strict=False)]
+    names += step_names(profile)
     items = []
     for name in names:
         stage = profile.stage2 if name.startswith("stage2") else profile.stage1
         blocks, _ = window_of(profile, name)
-        shape = (1, stage.dit.heads, blocks * stage.block_tokens, stage.dit.head_dim)
-        meta = [torch.empty(shape, device="meta") for _ in range(3)]
+        asking = profile.noisy if name.endswith("_later") else blocks  # with a reused context not all tokens ask
+        shapes = [(1, stage.dit.heads, n * stage.block_tokens, stage.dit.head_dim) for n in (asking, blocks, blocks)]
+        meta = [torch.empty(shape, device="meta") for shape in shapes]
         works: dict[str, Work] = {}
         dtype_of: dict[str, torch.dtype] = {}
         refusals: list[str] = []
         for dtype in dtypes:
-            q, k, v = (random(shape, dtype, models.device, seed) for seed in range(3))
+            q, k, v = (random(shape, dtype, models.device, seed) for seed, shape in enumerate(shapes))
             for kernel, call in _calls(q, k, v).items():
                 refused = refusal(call)
                 if refused:
@@ -66,7 +67,7 @@ def _calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
 
     if q.device.type == "cuda":
         batch, heads, tokens, dim = q.shape
-        shape = Shape(batch, heads, tokens, tokens, 0, dim, SHORT[q.dtype])
+        shape = Shape(batch, heads, tokens, k.shape[2], 0, dim, SHORT[q.dtype])
         names = candidates(shape, capability(q.device), installed())
         return {name: run(run_backend, name, q, k, v, None, None) for name in names}
     return {"sdpa": run(attention, q, k, v)} | {name: run(_forced, kind, q, k, v) for name, kind in CPU.items()}

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..engine.errors import MediaError, WeightsError
 from ..engine.presets import PROFILES, get_profile
-from ..engine.weights import fingerprint
+from ..engine.weights import fingerprint, load_dit, read_dit_config
 from ..runtime.cli_options import PATH, Device, cache_folder, pick_device
 from ..runtime.image import reason
 from ..runtime.model_paths import find_models, path_of
@@ -83,6 +83,8 @@ def quality(
         raise click.UsageError("--compare: got no --full, want it, as the comparison is one of the ablations; add it")
     loaded = _load(profile_name, model_dir, device, dtype, untrained)
     others = dict(_other(text, profile_name, model_dir, loaded) for text in compare)
+    if len(others) != len(compare):
+        raise click.UsageError("--compare: got one NAME twice, want each once; rename one")
     if packed is not None:
         photos = load_packed(packed, "held-out")
     else:
@@ -137,18 +139,26 @@ def _load(profile_name: str, model_dir: Path | None, device: str, dtype: str, un
 
 
 def _other(text: str, profile_name: str, model_dir: Path | None, loaded: Loaded) -> tuple[str, nn.Module]:
-    """The name and the second DiT of NAME=FOLDER, which must be for the latents of the models measured."""
+    """The name and the second DiT of NAME=FOLDER, which must read what the models measured give it."""
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
         raise click.UsageError(f"--compare: got {text!r}, want NAME=FOLDER, as short=runs/short/models; write it so")
     profile = get_profile(profile_name)
     here, there = find_models(profile, model_dir), find_models(profile, Path(folder))
-    if not here.trained or fingerprint(path_of(here, "vae2")) != fingerprint(path_of(there, "vae2")):
+    if not here.trained:
         raise WeightsError(
-            f"--compare {name}: got another VAE of Stage II than that of the models measured, want the same, as its "
-            "DiT knows no other latents; train both on one"
+            f"--compare {name}: got untrained models to compare with, want trained ones; pass --model-dir"
         )
-    return name, load_models(profile, there, loaded.device, loaded.dtype).modules["stage2"]
+    for entry, what in {"vae2": "VAE of Stage II", "text": "text encoder"}.items():
+        if fingerprint(path_of(here, entry)) != fingerprint(path_of(there, entry)):
+            raise WeightsError(
+                f"--compare {name}: got another {what} than that of the models measured, want the same, as its DiT "
+                "reads no other; train both on one"
+            )
+    path = path_of(there, "stage2")
+    if read_dit_config(path) != loaded.profile.stage2.dit:
+        raise WeightsError(f"--compare {name}: got a DiT of another size, want one like that measured; pass such a one")
+    return name, load_dit(path, dtype=loaded.dtype, device=loaded.device)
 
 
 def _make_folder(out: Path) -> None:

@@ -66,6 +66,7 @@ run_part() {
     memory) bench clip --runs 1 --warmup 0 ;; # of one variant alone, as others would count their weights
     clip) bench clip --kernels auto --runs 2 --warmup 0 ;;
     graphs) bench clip $graphs --runs 2 --warmup 0 ;;
+    reuse) bench clip --reuse-context --kernels auto --runs 2 --warmup 0 ;;
     first) bench first-frames --kernels auto --runs 2 --warmup 0 ;;
     length) bench length --lengths "$LENGTHS" --runs 1 --warmup 0 ;;
     growth) bench full-sequence --denoising --stage2-steps 1 --lengths "$LENGTHS" --runs 3 --warmup 0 ;;
@@ -103,7 +104,7 @@ out=$(cd "$out" && pwd)
 export SWIFTI2V_CACHE="$out" # of which only kernels.json is used here
 status=0
 : >"$out/summary.txt"
-for part in ${*:-smoke kernels small stage2 clip decode ladder memory graphs peers encode stage1 attention first length growth}; do
+for part in ${*:-smoke kernels small stage2 clip decode ladder memory graphs peers encode stage1 attention first length growth reuse}; do
   mkdir -p "$out/running"
   started=$(date +%s)
   timeout -k 10 "$PART_SECONDS" sh "$self" "$out" --run "$part" >"$out/running/$part.log" 2>&1

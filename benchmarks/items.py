@@ -62,8 +62,7 @@ def dit_items(bench: Bench, stage: Literal["stage1", "stage2"]) -> list[Item]:
     if stage == "stage1":
         names = [f"stage1_{expert}_step" if expert else "stage1_step" for expert in config.experts]
     else:
-        names = [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), bench.profile.windows, strict=False)]
-        names += [f"{name}_later" for name in names if bench.profile.reuse_context]
+        names = step_names(bench.profile)
     return [_dit_item(bench, name, config) for name in names]
 
 
@@ -104,6 +103,12 @@ def step_call(variant: Variant, name: str, latents: Tensor, text: Tensor, image:
     feed |= {tensor.name: random(tensor.shape, tensor.dtype, latents.device) for tensor in context}
     full = {"latents": latents, **feed, **conditions.tables[0], **conditions.text}
     return lambda: graph(full)["velocity"]
+
+
+def step_names(profile: Profile) -> list[str]:
+    """The step graphs of Stage II."""
+    names = [f"stage2_{suffix}" for suffix, _ in zip(("first", "next"), profile.windows, strict=False)]
+    return names + [f"{name}_later" for name in names if profile.reuse_context]
 
 
 def weights_of(name: str) -> str:

@@ -282,7 +282,7 @@ class DiT(nn.Module):
         latents [B, C_in, T, H, W]; modulation [N, R, 6, D] and head_modulation [R, 2, D] fp32; rows int64 [B, T], the
         modulation row of every block; rope cos and sin fp32 [L, D/heads/2]; mask bool [L, L], true = may attend. With
         `context`, keys and values of C tokens, the window's first blocks are left out of all of these, and a mask is
-        [L, C+L]. Each layer's keys and values are added to `made`.
+        [L, C+L]. Each layer's keys and values of the blocks before the kept ones are added to `made`.
         Returns [B, C_out, keep, H, W]. The last layer computes the kept blocks only, which changes no value.
         """
         batch, _, blocks, height, width = latents.shape
@@ -295,7 +295,11 @@ class DiT(nn.Module):
             kept = keep if index == last else blocks
             layer_mask = mask if mask is None or index < last else mask[-keep * x.shape[2] :]
             before = None if context is None else context.layer(index)
+            tokens = (blocks - keep) * x.shape[2]
             x = block(x, layer_rows, rope, text.layer(index), layer_mask, kept, before, made)
+            if made is not None:  # copies: views would keep those of the whole window
+                k, v = made[-1]
+                made[-1] = (k[:, :, :tokens].clone(), v[:, :, :tokens].clone())
         head_rows = head_modulation.index_select(0, flat).unflatten(0, (batch, blocks))  # [B, T, 2, D]
         x = self.head(x, head_rows[:, -keep:])
         x = x.unflatten(2, (height // 2, width // 2)).unflatten(-1, (2, 2, -1))  # [B, keep, H/2, W/2, 2, 2, C]

@@ -99,8 +99,7 @@ class StepGraph(nn.Module):
         )
         if made is None:
             return (velocity,)
-        first = self.kind.context
-        k, v = (torch.stack([tensor[:, :, :first] for tensor in each]) for each in zip(*made, strict=True))
+        k, v = (torch.stack(each) for each in zip(*made, strict=True))
         return velocity, k, v  # k and v [N, B, heads, context tokens, D/heads]
 
 

@@ -58,6 +58,11 @@ class Executable(Protocol):
     def close(self) -> None: ...
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor was donated to a call that has given its memory back."""
+    return tensor.device.type != "meta" and tensor.untyped_storage().nbytes() == 0 < tensor.numel()
+
+
 def check_feed(spec: GraphSpec, feed: Feed) -> None:
     """Refuse a feed that differs from the spec in names, shapes or dtypes."""
     want = {tensor.name: tensor for tensor in spec.inputs}
@@ -73,7 +78,7 @@ def check_feed(spec: GraphSpec, feed: Feed) -> None:
                 f"{spec.name}.{name} [{tensor.axes}]: got {tuple(got.shape)} {got.dtype}, "
                 f"want {tensor.shape} {tensor.dtype}; feed what the profile says"
             )
-        if got.device.type != "meta" and got.untyped_storage().nbytes() == 0 < tensor.bytes:
+        if is_freed(got):
             raise SpecError(
                 f"{spec.name}.{name}: got a tensor that was donated to an earlier call and freed, "
                 "want what that call returned; feed that, or clone what is needed twice"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .errors import SpecError
+from .spec import is_freed
 from .vae_layers import VaeCache
 
 
@@ -35,7 +37,12 @@ class SegmentState:
     decoder_cache: VaeCache  # Stage II decoder; empty before the first segment
 
     def clone(self) -> "SegmentState":
-        """A copy that shares no memory with this one."""
+        """A copy that shares no memory with this one. SpecError where that was donated and its memory is gone."""
+        for cache in (*self.motion_cache, *self.reference_cache, *self.decoder_cache):
+            if is_freed(cache):
+                raise SpecError(
+                    "segment state: got one that the next segment took, want one before that; clone it then"
+                )
         return SegmentState(
             segment=self.segment,
             anchor=self.anchor.clone(),

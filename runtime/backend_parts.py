@@ -46,12 +46,13 @@ def run_parts(
         part.run({name: feed[name] for name in part.inputs}, made)
         feed |= made
         for name in [name for name in feed if last.get(name, -1) <= index]:
-            _release(feed.pop(name), name in donated)
+            tensor = feed.pop(name)
+            _release(tensor, name in donated and all(other is not tensor for other in feed.values()))
     return {name: feed[name] for name in names}
 
 
 def _release(tensor: Tensor, donated: bool) -> None:
-    """Free the memory of a donated tensor, whoever else holds it, unless others see the same memory."""
+    """Free the memory of a donated tensor, whoever else holds it, unless it is part of something larger."""
     storage = tensor.untyped_storage()
     if donated and storage.nbytes() == tensor.nbytes and storage.resizable():
         storage.resize_(0)

@@ -82,8 +82,8 @@ class LoraOption(click.ParamType):
 
 
 REUSE_HELP = (
-    "Later steps of a segment reuse the keys and values that clean blocks had in its first: with 4 steps a third less "
-    "work in Stage II. An approximation; what it costs is in docs/BENCHMARKS.md."
+    "Later steps of a segment reuse the keys and values that clean blocks had in its first: with 4 steps over a "
+    "quarter less work in denoising. An approximation; what it costs is in docs/BENCHMARKS.md."
 )
 
 

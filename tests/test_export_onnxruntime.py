@@ -1,12 +1,10 @@
 """ONNX files and their runtime: every tiny graph equals eager, graph by graph and over a whole clip."""
 
-import gc
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
-import psutil
 import pytest
 import torch
 from bundles import refused
@@ -187,13 +185,3 @@ def test_other_kinds_of_graphs(make_modules, tmp_path: Path, variant: str, name:
     assert parity_error(run, graph, weights, "fp32") < 1e-5
     used = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node)
     assert used["Attention"] == (6 if variant == "image tokens" else 4)
-
-
-@pytest.mark.slow
-def test_opening_and_closing_leaks_nothing(bundle: Bundle):
-    process, seen = psutil.Process(), []
-    for _ in range(100):
-        Session.open(bundle.folder).close()
-        gc.collect()
-        seen.append(process.memory_info().rss)
-    assert seen[-1] < 1.1 * seen[20]

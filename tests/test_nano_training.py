@@ -105,9 +105,12 @@ def test_an_ablation_trains_on_perfect_references(trained: Path, tmp_path: Path,
     for wrong in (run, [*run, "--transition", "1.5"], ["nano", "vae2", "-o", str(tmp_path), "--transition", "0"]):
         with pytest.raises(SystemExit):  # the first: with transition it would be another run
             main(wrong)
+    with pytest.raises(SystemExit):
+        main(["lora", "stage1", "--model-dir", str(tmp_path), "-o", str(tmp_path / "l"), "--transition", "0.5"])
     said = capsys.readouterr().err
     assert "--transition: got 1.5" in said
     assert "vae2: got --transition" in said
+    assert "lora: got --transition for stage1" in said
 
 
 def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_path: Path, capsys):

@@ -116,11 +116,16 @@ def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path):
     shutil.copytree(shipped, tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "vae2")
     shutil.copytree(shipped / "vae1", tmp_path / "other" / "vae2")
+    shutil.copytree(shipped, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "stage2")
+    shutil.copytree(shipped / "stage1", tmp_path / "mixed" / "stage2")
     quick = ["quality", "--clips", 1, "--crops", 1, "--allow-missing"]
     for arguments, code, words in (
         (["--compare", f"other={shipped}"], 2, "--compare: got no --full"),
         (["--full", "--compare", "other"], 2, "want NAME=FOLDER"),
         (["--full", "--compare", f"other={tmp_path / 'other'}"], 1, "other: got another VAE of Stage II"),
+        (["--full", "--compare", f"other={tmp_path / 'mixed'}"], 1, "other: got a DiT of another size"),
+        (["--full", "--compare", f"a={shipped}", "--compare", f"a={shipped}"], 2, "got one NAME twice"),
     ):
         done = bench(*quick, *arguments)
         assert done.returncode == code, done.stderr

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.errors import WeightsError
 from ..engine.presets import A14B_BOUNDARY
 from ..engine.profile import Profile
-from ..engine.weights import load_words
+from ..engine.weights import fingerprint, load_words
 from .batches import Crops, Samples, latent_pool, photos_hash
 from .clips import ClipConfig
 from .flow import Expert, ExpertLevels
@@ -87,6 +87,7 @@ def adapt_task(
     samples = Samples(crops, config.window, config.reuse)
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
     settings |= {"clips": asdict(clips), "photos": photos_hash(photos)}
+    settings["text"] = fingerprint(embeddings or models / "text")
     boundary = small.boundary or A14B_BOUNDARY
     if stage == "stage1":
         entry = folder.expert(config.expert)

@@ -134,6 +134,8 @@ def _lora(options: argparse.Namespace) -> None:
         raise TrainingError(f"lora: got no {' and no '.join(missing)}, want both to train; pass -o and --model-dir")
     if options.expert is not None and options.stage == "stage2":
         raise TrainingError(f"lora: got --expert {options.expert} for stage2, want it for stage1 alone; leave it out")
+    if options.transition is not None and options.stage == "stage1":
+        raise TrainingError("lora: got --transition for stage1, want it for stage2 alone; leave it out")
     merged = {name: [lora for other, lora in options.lora if other == name] for name, _ in options.lora}
     config = AdaptConfig(
         _train_config(options, TrainConfig(1000, bf16=options.device != "cpu")), options.rank, options.alpha,
