@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from ..engine.errors import EnvironmentMismatch
 from ..runtime.backend_gpu import gpu_index
@@ -45,6 +46,8 @@ def build(job: Job, folder: Path) -> None:
 def compile_package(job: Job, folder: Path, config: dict[str, Any], table: Table) -> torch.export.ExportedProgram:
     """Write model.pt2 for the device that the weights are on. The program has the weights under a package's names."""
     spec = job.graph.spec
+    # torch 2.11 has no cpp.march: what its packages do on the CPU is compiled for one like the builder's.
+    known = {name: value for name, value in config.items() if name in inductor_config.get_config_copy()}
     inputs = tuple(
         value.to(job.target).contiguous(memory_format=memory_format(spec, tensor))
         for value, tensor in zip(job.inputs(), spec.inputs, strict=True)
@@ -53,7 +56,7 @@ def compile_package(job: Job, folder: Path, config: dict[str, Any], table: Table
         warnings.simplefilter("ignore")  # torch's remarks on itself
         program = torch.export.export(job.module(), inputs, strict=False).run_decompositions(table)
         path = str(folder / PACKAGE)
-        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=known)
     return program
 
 

@@ -69,7 +69,8 @@ class InductorExecutable:
             self._weights = None if weights is None else shared_weights(weights, self._device)
             if self._weights is not None:
                 tensors = {name: self._weights.tensors[name] for name in self._package.get_constant_fqns()}
-                self._package.load_constants(tensors, False, True, True, False)  # read where they lie, not copied
+                # Read where they lie, not copied.
+                self._package.load_constants(tensors, use_inactive=False, check_full_update=True, user_managed=True)
         except SwiftError:
             raise
         except Exception as error:  # whatever the damaged file led to

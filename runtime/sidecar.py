@@ -102,6 +102,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # a package's own version does not say for which CUDA it was built
     return found
 
 
