@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from swifti2v.benchmarks.cli import main
+
 BENCH = [sys.executable, "-c", "from swifti2v.benchmarks.cli import main; main()"]
 TINY = ["--profile", "tiny", "--dtype", "fp32", "--allow-missing"]
 KEYS = {
@@ -110,7 +112,7 @@ def test_the_table_without_json():
     assert done.stderr == ""
 
 
-def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path):
+def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Without --full it would go unused, and on another VAE's latents a DiT knows nothing."""
     shipped = Path(__file__).parents[1] / "weights" / "nano"
     shutil.copytree(shipped, tmp_path / "other")
@@ -119,7 +121,7 @@ def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path):
     shutil.copytree(shipped, tmp_path / "mixed")
     shutil.rmtree(tmp_path / "mixed" / "stage2")
     shutil.copytree(shipped / "stage1", tmp_path / "mixed" / "stage2")
-    quick = ["quality", "--clips", 1, "--crops", 1, "--allow-missing"]
+    quick = ["quality", "--clips", "1", "--crops", "1", "--allow-missing"]
     for arguments, code, words in (
         (["--compare", f"other={shipped}"], 2, "--compare: got no --full"),
         (["--full", "--compare", "other"], 2, "want NAME=FOLDER"),
@@ -127,6 +129,7 @@ def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path):
         (["--full", "--compare", f"other={tmp_path / 'mixed'}"], 1, "other: got a DiT of another size"),
         (["--full", "--compare", f"a={shipped}", "--compare", f"a={shipped}"], 2, "got one NAME twice"),
     ):
-        done = bench(*quick, *arguments)
-        assert done.returncode == code, done.stderr
-        assert words in done.stderr
+        with pytest.raises(SystemExit) as ended:
+            main([*quick, *arguments])
+        assert ended.value.code == code
+        assert words in capsys.readouterr().err
