@@ -26,6 +26,7 @@ from swifti2v.runtime.backend_names import output_names
 from swifti2v.runtime.backend_parts import check_parts, run_parts
 from swifti2v.runtime.backend_weights import open_source
 
+Wholes = dict[str, tuple[GraphSpec, Path]]
 DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
 
 
@@ -86,11 +87,18 @@ def write_whole(name: str, folder: Path) -> tuple[GraphSpec, Path]:
     return graph.spec, write_onnx(Job(graph, source.modules[graph.weights], "", "fp32", source.device), folder)
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """Two graphs as one file each. The files stay as they are, and pieces lie beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swifti2v.engine.vae_layers.TOGETHER", 1)  # frame by frame, as large ones go
+        return {name: write_whole(name, tmp_path_factory.mktemp(name)) for name in ("stage2_next", "decode_next")}
+
+
 @pytest.mark.parametrize(("name", "count"), [("stage2_next", 3), ("decode_next", 8)])
-def test_parts_compute_what_the_whole_does(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parts_compute_what_the_whole_does(name: str, count: int, wholes: Wholes):
     """One after another, and caches cost little more than their own memory, not twice it."""
-    monkeypatch.setattr("swifti2v.engine.vae_layers.TOGETHER", 1)  # frame by frame, as large ones go
-    spec, whole = write_whole(name, tmp_path)
+    spec, whole = wholes[name]
     names, feed = output_names(spec), sample_feed(spec)
     session = onnxruntime.InferenceSession(str(whole))
     want = session.run(names, {tensor.name: feed[tensor.name].numpy() for tensor in session.get_inputs()})
@@ -115,8 +123,8 @@ def test_parts_compute_what_the_whole_does(name: str, count: int, tmp_path: Path
             check_feed(spec, given)
 
 
-def test_memory_that_others_see_is_not_freed(tmp_path: Path):
-    spec, whole = write_whole("decode_next", tmp_path)
+def test_memory_that_others_see_is_not_freed(wholes: Wholes):
+    spec, whole = wholes["decode_next"]
     given = sample_feed(spec)
     shared = torch.stack([given["cache_01"], given["cache_01"]])
     array = given["cache_02"].numpy()
@@ -126,8 +134,8 @@ def test_memory_that_others_see_is_not_freed(tmp_path: Path):
     assert np.array_equal(array, kept)
 
 
-def test_parts_that_do_not_fit_the_graph_are_named(tmp_path: Path):
-    spec, whole = write_whole("decode_next", tmp_path)
+def test_parts_that_do_not_fit_the_graph_are_named(wholes: Wholes):
+    spec, whole = wholes["decode_next"]
     parts = [OnnxPart(piece, []) for piece in split_onnx(whole, 2)]
     names = output_names(spec)
     assert re.fullmatch(r"\w+ None, want \(\(.*float32\)", check_parts(parts[:1], spec, names) or "")
