@@ -11,6 +11,19 @@ from .errors import WeightsError
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 NESTED = ("state_dict", "model", "module")  # where trainers put the weights inside a pickle
+# Subfolders under which public repositories keep the two experts of one model: (high noise, low noise).
+EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+
+
+def find_entry(folder: Path, name: str) -> Path | None:
+    """The entry of a model folder: NAME/ or NAME.safetensors; None where there is neither."""
+    return next((path for path in (folder / name, folder / f"{name}.safetensors") if path.exists()), None)
+
+
+def find_experts(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of both experts, high noise and low, inside one of Stage I; None where it has no two."""
+    pairs = ((folder / high, folder / low) for high, low in EXPERT_FOLDERS)
+    return next((pair for pair in pairs if all(path.is_dir() for path in pair)), None)
 
 
 class State(Mapping[str, Tensor]):

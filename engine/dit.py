@@ -295,10 +295,9 @@ class DiT(nn.Module):
             kept = keep if index == last else blocks
             layer_mask = mask if mask is None or index < last else mask[-keep * x.shape[2] :]
             before = None if context is None else context.layer(index)
-            tokens = (blocks - keep) * x.shape[2]
             x = block(x, layer_rows, rope, text.layer(index), layer_mask, kept, before, made)
             if made is not None:  # copies: views would keep those of the whole window
-                k, v = made[-1]
+                tokens, (k, v) = (blocks - keep) * x.shape[2], made[-1]
                 made[-1] = (k[:, :, :tokens].clone(), v[:, :, :tokens].clone())
         head_rows = head_modulation.index_select(0, flat).unflatten(0, (batch, blocks))  # [B, T, 2, D]
         x = self.head(x, head_rows[:, -keep:])

@@ -43,8 +43,6 @@ WAN21_VAE = VAEConfig(16, encoder_dim=96, decoder_dim=96, mean=WAN21_MEAN, std=W
 WAN22_VAE = VAEConfig(48, encoder_dim=160, decoder_dim=256, mean=WAN22_MEAN, std=WAN22_STD, patch=2, residual=True)
 
 A14B_BOUNDARY = 0.9
-# Subfolders under which public repositories keep the two experts of one model: (high noise, low noise).
-EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 
 
 def _plain(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

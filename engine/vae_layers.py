@@ -13,6 +13,7 @@ from ..kernels.attention import attention
 from ..kernels.kernel_set import EAGER, KernelSet
 from ..kernels.norm import channel_norm
 from ..kernels.subpixel import subpixel_weights
+from ..kernels.vae_norm import with_history
 
 VaeCache = tuple[Tensor, ...]
 TOGETHER = 2**20  # pixels of small frames that run together
@@ -34,7 +35,7 @@ class Tape:
     def extend(self, x: Tensor, frames: int) -> Tensor:
         """x [B, C, T, H, W] with the `frames` frames before it -> [B, C, frames+T, H, W]; remembers the last ones."""
         old = self.history()
-        extended = F.pad(x, (0, 0, 0, 0, frames, 0)) if old is None else torch.cat((old, x), dim=2)
+        extended = with_history(x, old, frames)
         self.remember(extended[:, :, -frames:], old)
         return extended
 

@@ -47,7 +47,8 @@ def compile_package(job: Job, folder: Path, config: dict[str, Any], table: Table
     """Write model.pt2 for the device that the weights are on. The program has the weights under a package's names."""
     spec = job.graph.spec
     # torch 2.11 has no cpp.march: what its packages do on the CPU is compiled for one like the builder's.
-    known = {name: value for name, value in config.items() if name in inductor_config.get_config_copy()}
+    options = inductor_config.get_config_copy()
+    known = {name: value for name, value in config.items() if name in options}
     inputs = tuple(
         value.to(job.target).contiguous(memory_format=memory_format(spec, tensor))
         for value, tensor in zip(job.inputs(), spec.inputs, strict=True)

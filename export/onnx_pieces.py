@@ -34,6 +34,11 @@ def piece_count(weights: int, caches: int) -> int:
     return max(1, ceil(weights / PIECE + renewed / CACHES))
 
 
+def piece_weights(weights: int) -> int:
+    """The bytes of weights that one piece of such a graph has, about, and no more than that where caches cut it too."""
+    return weights // piece_count(weights, 0)
+
+
 def split_onnx(file: Path, count: int) -> list[Path]:
     """Files of about equal loads beside `file`, in the order they run; the file itself if one is enough.
 
@@ -73,7 +78,7 @@ def measure(onnx: Any, model: Any) -> Cuts:
     kinds = {info.name: _value_kind(info) for info in (*graph.value_info, *graph.output)}
     sizes = {tensor.name: _bytes(onnx, tensor.data_type, tensor.dims) for tensor in graph.initializer}
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
-    made_bytes = {info.name: _value_bytes(onnx, info) for info in (*graph.value_info, *graph.output)}
+    made_bytes = {name: _bytes(onnx, *kind) for name, kind in kinds.items()}
     loads, crossing, open_bytes = [], [], 0
     closing = [0] * (len(graph.node) + 1)
     known: set[str] = set()
@@ -115,10 +120,6 @@ def _names(nodes: Sequence[Any], side: str) -> dict[str, None]:
 def _value_kind(info: Any) -> tuple[int, tuple[int, ...]]:
     kind = info.type.tensor_type
     return kind.elem_type, tuple(axis.dim_value for axis in kind.shape.dim)
-
-
-def _value_bytes(onnx: Any, info: Any) -> int:
-    return _bytes(onnx, *_value_kind(info))
 
 
 def _bytes(onnx: Any, dtype: int, shape: Sequence[int]) -> int:

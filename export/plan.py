@@ -11,7 +11,7 @@ from ..engine.spec import GraphSpec, TensorSpec
 from .build import pick_graphs
 from .builders import find_builder
 from .fp8 import block_linears, narrow_bytes
-from .onnx_pieces import PIECE, piece_count
+from .onnx_pieces import piece_count, piece_weights
 from .reads import meta_modules, read_parameters
 
 
@@ -62,7 +62,7 @@ def plan_build(
     memory = loaded + 2 * max(graph.bytes for graph in planned)
     if builder.process_memory is None:
         return Plan(profile.name, backend, precision, tuple(planned), memory)
-    largest = sorted((builder.process_memory(min(graph.bytes, PIECE)) for graph in planned), reverse=True)
+    largest = sorted((builder.process_memory(piece_weights(graph.bytes)) for graph in planned), reverse=True)
     return Plan(profile.name, backend, precision, tuple(planned), memory, sum(largest[:jobs]))
 
 

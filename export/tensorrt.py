@@ -23,7 +23,7 @@ from .fp8 import SCALES, input_scales
 from .job import Job
 from .memory import check_memory
 from .onnx_file import onnx_versions, write_onnx
-from .onnx_pieces import PIECE, piece_count, split_onnx
+from .onnx_pieces import piece_count, piece_weights, split_onnx
 from .tensorrt_network import EngineJob
 
 RTX_ARCHS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -49,7 +49,7 @@ class TensorRTBuilder:
         weights = sum(file.stat().st_size for file in folder.iterdir())
         pieces = piece_count(weights, job.graph.spec.donated_bytes)
         for index, piece in enumerate(split_onnx(onnx, pieces)):
-            check_memory(job.graph.spec.name, builder_memory(min(weights, PIECE)))
+            check_memory(job.graph.spec.name, builder_memory(piece_weights(weights)))
             yield from run_process(self._engine_job(job, folder / f"model-{index:02d}.engine", piece), folder)
         for file in (*folder.glob("*.onnx"), *folder.glob("*.onnx.data")):
             file.unlink()

@@ -39,6 +39,11 @@ def _(x: Tensor, gamma: Tensor, out: Tensor) -> None:
     vae_norm_triton.norm_silu_into(x, gamma, out)
 
 
+def with_history(x: Tensor, history: Tensor | None, frames: int) -> Tensor:
+    """x [B, C, T, H, W] after its `frames` frames of history, zeros where there is none -> [B, C, frames+T, H, W]."""
+    return F.pad(x, (0, 0, 0, 0, frames, 0)) if history is None else torch.cat((history, x), dim=2)
+
+
 def norm_silu_conv_eager(
     x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -47,8 +52,7 @@ def norm_silu_conv_eager(
     x [B, C, T, H, W], weight [C_out, C, 3, 3, 3], history [B, C, 2, H, W], or None for zeros
     -> [B, C_out, T, H, W], [B, C, 2, H, W].
     """
-    y = F.silu(channel_norm(x, gamma))
-    extended = F.pad(y, (0, 0, 0, 0, HISTORY, 0)) if history is None else torch.cat((history, y), dim=2)
+    extended = with_history(F.silu(channel_norm(x, gamma)), history, HISTORY)
     return F.conv3d(extended, weight, bias, padding=(0, 1, 1)), extended[:, :, -HISTORY:]
 
 

@@ -7,8 +7,9 @@ have them), each a file or folder in any layout that engine/weights.py reads. Si
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from ..engine.checkpoint import find_entry, find_experts
 from ..engine.errors import WeightsError
-from ..engine.presets import A14B_BOUNDARY, EXPERT_FOLDERS
+from ..engine.presets import A14B_BOUNDARY
 from ..engine.profile import Profile
 from ..engine.weights import read_dit_config, read_vae_config
 
@@ -71,22 +72,20 @@ def find_models(profile: Profile, folder: Path | None = None, single: ModelPaths
 
 
 def _entry(folder: Path | None, name: str) -> Path | None:
-    """The entry of a model folder: NAME/ or NAME.safetensors."""
+    """What the model folder has under that name; LoRAs are never looked for there."""
     if folder is None or name == "loras":
         return None
     if not folder.is_dir():
         raise WeightsError(f"model folder: got {folder}, want a folder; check the path")
-    return next((p for p in (folder / name, folder / f"{name}.safetensors") if p.exists()), None)
+    return find_entry(folder, name)
 
 
 def _split_experts(paths: ModelPaths) -> ModelPaths:
     """A stage1 folder that holds two experts is taken as both."""
     if paths.stage1 is None or paths.stage1_low is not None:
         return paths
-    for high, low in EXPERT_FOLDERS:
-        if (paths.stage1 / high).is_dir() and (paths.stage1 / low).is_dir():
-            return replace(paths, stage1=paths.stage1 / high, stage1_low=paths.stage1 / low)
-    return paths
+    experts = find_experts(paths.stage1)
+    return paths if experts is None else replace(paths, stage1=experts[0], stage1_low=experts[1])
 
 
 def _check_loras(paths: ModelPaths) -> None:

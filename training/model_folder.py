@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..engine.checkpoint import find_entry, find_experts
 from ..engine.dit import DiT
 from ..engine.errors import WeightsError
-from ..engine.presets import EXPERT_FOLDERS
 from ..engine.profile import DiTConfig
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, read_dit_config
@@ -29,12 +29,10 @@ class ModelFolder:
 
     def find(self, name: str) -> Path | None:
         """NAME/ or NAME.safetensors, the experts stage1 (high noise) and stage1_low also inside stage1/."""
-        places = [self.root / name, self.root / f"{name}.safetensors"]
-        for high, low in EXPERT_FOLDERS:
-            pair = {"stage1": self.root / "stage1" / high, "stage1_low": self.root / "stage1" / low}
-            if name in pair and all(path.is_dir() for path in pair.values()):
-                places.insert(0, pair[name])
-        return next((path for path in places if path.exists()), None)
+        experts = find_experts(self.root / "stage1")
+        if experts is not None and name in ("stage1", "stage1_low"):
+            return experts[0] if name == "stage1" else experts[1]
+        return find_entry(self.root, name)
 
     def path(self, name: str) -> Path:
         """The entry of that name. WeightsError where there is none."""
