@@ -288,6 +288,7 @@ class DiT(nn.Module):
         batch, _, blocks, height, width = latents.shape
         keep = keep or blocks
         x = self.patch_embedding(latents).flatten(3).permute(0, 2, 3, 1)  # [B, D, T, H/2, W/2] -> [B, T, S, D]
+        x = x.contiguous()  # sums keep a layout: every layer would read a token's width in strides, or not at all
         flat = rows.flatten()  # [B, T] -> [B*T]
         last = len(self.blocks) - 1
         for index, block in enumerate(self.layers):

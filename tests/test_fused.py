@@ -16,6 +16,7 @@ from swifti2v.engine.profile import Profile
 from swifti2v.kernels.dispatch import Choice, ChoiceTable, Shape, Timing
 from swifti2v.kernels.kernel_set import EAGER, chosen, fused, fused_on
 from swifti2v.kernels.kernel_table import KernelTable, OpTiming, choose
+from swifti2v.kernels.launch import check_rows
 from swifti2v.kernels.measure_ops import Call, measure_op
 from swifti2v.runtime.cli_kernels import show_kernels
 from swifti2v.runtime.fused import (
@@ -116,6 +117,18 @@ def test_calls_are_those_that_graphs_make(tiny: Profile, make_modules):
     (first, later) = frame_calls(tiny, torch.bfloat16)
     assert first.text == "bf16 1x3x13x128x192, 1"
     assert later.inputs(CPU)[0].shape == (1, 3, 12, 128, 192)
+
+
+def test_what_reaches_a_fused_op_lies_as_its_kernel_reads_it(tiny: Profile, make_modules):
+    """Kernels refuse other layouts, and measuring then leaves the op out."""
+    modules = make_modules(tiny)
+    for call in graph_calls(tiny, modules, torch.float32):
+        tensors = {str(index): given for index, given in enumerate(call.arguments) if isinstance(given, torch.Tensor)}
+        if call.op in STEP_OPS - {"attend"}:
+            check_rows(**tensors)
+        if call.op == "norm_silu_conv":
+            x = tensors["0"]
+            assert x.stride(3) == x.shape[4] * x.stride(4), x.stride()
 
 
 def test_a_twin_shares_its_weights(tiny: Profile, make_modules):
