@@ -30,6 +30,27 @@ bench() { # CASE [options]; later options win
     --json "$out/running/$part.json" "$@"
 }
 
+gpu_tests() { # each file in a process of its own, which a crash ends; that of a compiler last, as it takes longest
+  ends=$(($(date +%s) + PART_SECONDS - 20)) failed=0
+  cd "$root" || return 1
+  for file in $(grep -l 'pytest\.mark\.gpu' tests/test_*.py | grep -v inductor) tests/test_inductor_cuda.py; do
+    left=$((ends - $(date +%s)))
+    if [ $left -le 0 ]; then
+      echo "$file FAILED: no time is left for it"
+      failed=1
+      continue
+    fi
+    # in the foreground, so that it ends with the part; interrupted, pytest still says what has failed
+    timeout --foreground -s INT -k 10 $left "$PYTHON" -m pytest -v -m gpu --maxfail 20 -p no:cacheprovider "$file"
+    code=$?
+    if [ $code != 0 ] && [ $code != 5 ]; then # 5: none of its tests can run here
+      echo "$file FAILED: pytest ended with $code"
+      failed=1
+    fi
+  done
+  return $failed
+}
+
 run_part() {
   # compiling takes minutes of a CPU, and what a GPU gains from it is what is asked; a CPU has no CUDA graphs.
   # With graphs two calls are warm-up: the third call of a step is the one that is captured.
@@ -44,7 +65,7 @@ run_part() {
       ;;
     kernels)
       if [ "$DEVICE" != cpu ] && has pytest; then
-        (cd "$root" && "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider)
+        gpu_tests
       else
         "$PYTHON" -m swifti2v.benchmarks.cli_check --device "$DEVICE"
       fi
@@ -116,6 +137,7 @@ for part in ${*:-smoke kernels small stage2 clip decode ladder memory graphs pee
       grep -v ': done$' "$out/running/$part.log" | tail -n 40
     else
       echo "== $part: FAILED with $code in $took s"
+      grep -E '^tests/.*(FAILED|ERROR|Fatal Python error)' "$out/running/$part.log" | tail -n 30
       tail -n 15 "$out/running/$part.log"
       status=1
     fi
