@@ -13,6 +13,9 @@ from .kernel_table import OpTiming, call_text
 from .subpixel import subpixel_weights
 
 WARMUP = 3
+# Arguments that a fused op before this one made, as cuDNN and our kernels leave them: channels last. Only their shapes
+# are known from the meta device, where a convolution gives contiguous tensors whatever it is given.
+CHAINED = {"norm_silu_conv": (0, 4), "upsample_conv": (0,)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +30,11 @@ class Call:
         """The arguments in words."""
         return call_text(self.arguments)
 
-    def inputs(self, device: torch.device) -> tuple[Any, ...]:
-        """The same arguments with normal values, the same ones every time."""
+    def inputs(self, device: torch.device, after_fused: bool = False) -> tuple[Any, ...]:
+        """The same arguments with normal values, the same ones every time.
+
+        They lie as the op finds them in a model whose ops are all eager; `after_fused`, in one whose ops are all fused.
+        """
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(argument: Any) -> Any:
@@ -38,10 +44,20 @@ class Call:
             return made.normal_(generator=generator)
 
         drawn = tuple(draw(argument) for argument in self.arguments)
+        if after_fused:
+            chained = CHAINED.get(self.op, ())
+            drawn = tuple(channels_last(given) if at in chained else given for at, given in enumerate(drawn))
         if self.op == "upsample_conv":  # one argument is made of another: drawn values would not fit
             x, weight, bias, _ = drawn
             return x, weight, bias, subpixel_weights(weight)
         return drawn
+
+
+def channels_last(x: Any) -> Any:
+    """The same values, of images [N, C, H, W] or videos [B, C, T, H, W], with the channels last in memory."""
+    if x is None:  # a first call has no history
+        return None
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 def recorder(calls: dict[tuple[str, str], Call]) -> KernelSet:
@@ -70,12 +86,12 @@ def measure_op(call: Call, kernels: KernelSet, device: torch.device, repeats: in
 def _compare(call: Call, kernels: KernelSet, device: torch.device, repeats: int) -> OpTiming:
     eager, fused = getattr(EAGER, call.op), getattr(kernels, call.op)
     place = (call.op, call.text, device_name(device), installed())
-    error = _distance(_results(fused, call.inputs(device)), _results(eager, call.inputs(device)))
+    error = _distance(_results(fused, call.inputs(device, True)), _results(eager, call.inputs(device)))
     if not error <= LIMIT:
         return OpTiming(*place, error=error, refused=f"relative error {error:.1e}, the limit is {LIMIT:.0e}")
-    inputs = call.inputs(device)
+    inputs, others = call.inputs(device), call.inputs(device, True)
     pairs = [
-        (elapsed_ms(lambda: eager(*inputs), device), elapsed_ms(lambda: fused(*inputs), device))
+        (elapsed_ms(lambda: eager(*inputs), device), elapsed_ms(lambda: fused(*others), device))
         for _ in range(WARMUP + repeats)
     ]
     one, other = zip(*pairs[WARMUP:], strict=True)

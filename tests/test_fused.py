@@ -140,6 +140,27 @@ def test_a_twin_shares_its_weights(tiny: Profile, make_modules):
     assert same.get_submodule("head").kernels is not dit.get_submodule("head").kernels
 
 
+@pytest.mark.parametrize("op", sorted(VAE_OPS))
+def test_each_form_is_measured_on_what_its_own_chain_gives_it(tiny: Profile, make_modules, op: str):
+    calls = graph_calls(tiny, make_modules(tiny), torch.float32)
+    call = [call for call in calls if call.op == op][-1]
+    given: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def form(name: str) -> Callable[..., torch.Tensor]:
+        plain = getattr(EAGER, op)
+        return lambda *arguments: given.update({name: arguments}) or plain(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swifti2v.kernels.measure_ops.EAGER", replace(EAGER, **{op: form("eager")}))
+        assert measure_op(call, replace(EAGER, **{op: form("fused")}), CPU, repeats=1).refused == ""
+    layout = torch.channels_last if op == "upsample_conv" else torch.channels_last_3d
+    for at in (0, 4)[: 1 if op == "upsample_conv" else 2]:
+        eager, other = given["eager"][at], given["fused"][at]
+        assert torch.equal(eager, other)
+        assert other.is_contiguous(memory_format=layout)
+        assert eager.stride() == call.arguments[at].stride() != other.stride()
+
+
 def test_measuring_runs_both_forms_and_says_why_one_is_refused():
     x, table = torch.empty(1, 3, 5, 8, device="meta"), torch.empty(1, 3, 6, 8, device="meta")
     call = Call("modulated_norm", (x, table[:, :, 1], table[:, :, 0], 1e-6))
