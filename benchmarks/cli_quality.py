@@ -40,7 +40,7 @@ UNTRAINED = "UNTRAINED weights: no number here says anything about the method."
 @click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--clips", type=click.IntRange(1), default=8, show_default=True, help="Clips of each kind.")
+@click.option("--clips", type=click.IntRange(1), default=4, show_default=True, help="Clips of each kind.")
 @click.option("--crops", type=click.IntRange(1), default=64, show_default=True, help="Crops for prompt following.")
 @click.option("--photos-dir", "folders", type=PATH, multiple=True, help="Folder of photographs; repeatable.")
 @click.option("--packed", type=PATH, help="Photographs written by `swifti2v-train pack`.")

@@ -46,7 +46,7 @@ NOTES = (
 class Options:
     """How much is measured: truth and moving clips (half as many static ones), crops for prompts, ablations."""
 
-    clips: int = 8
+    clips: int = 4
     crops: int = 64
     seed: int = 0
     full: bool = False

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, stored, video_batch
+from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, stored
 from swifti2v.training.clips import ClipConfig, ClipError
-from swifti2v.training.flow import LatentBatch
+from swifti2v.training.drawing import Drawer
+from swifti2v.training.flow import ClipBatch, LatentBatch
 
 CLIPS = ClipConfig(width=192, height=128, frames=9)
 
@@ -21,9 +22,17 @@ def photos() -> list[np.ndarray]:
     return [draws.integers(0, 256, (200, 300, 3), dtype=np.uint8) for _ in range(2)]
 
 
+def drawn(photos: list[np.ndarray], crops: Crops, seed: int, workers: int = 0) -> ClipBatch:
+    drawer = Drawer(photos, workers)
+    try:
+        return clip_batch(drawer.ahead(CLIPS, lambda index: crops.places(CLIPS, index))(seed), "cpu")
+    finally:
+        drawer.close()
+
+
 def test_a_batch_is_a_function_of_its_seed(photos):
-    make = clip_batch(photos, CLIPS, Crops(2, 64, 32), "cpu")
-    batch, again, other = make(0, 5), make(3, 5), make(0, 6)
+    crops = Crops(2, 64, 32)
+    batch, again, other = drawn(photos, crops, 5), drawn(photos, crops, 5), drawn(photos, crops, 6)
     assert batch.high.shape == (2, 3, 9, 32, 64)
     assert batch.low.shape == (2, 3, 9, 8, 16)
     assert batch.high.min() >= -1
@@ -36,16 +45,24 @@ def test_a_batch_is_a_function_of_its_seed(photos):
     assert (shrunk - batch.low).abs().max() < 1 / 127, "low is the mean of 4x4 pixels of high"
 
 
-def test_videos_are_those_of_the_clips(photos):
+def test_other_processes_draw_the_same_clips_in_order(photos):
     crops = Crops(2, 64, 32)
-    clips = clip_batch(photos, CLIPS, crops, "cpu")(0, 5)
-    assert torch.equal(video_batch(photos, CLIPS, crops, "cpu")(0, 5), clips.high)
-    assert torch.equal(video_batch(photos, CLIPS, crops, "cpu", low=True)(0, 5), clips.low)
+    drawer = Drawer(photos, 2)
+    try:
+        ahead = drawer.ahead(CLIPS, lambda index: crops.places(CLIPS, index))
+        batches = [clip_batch(ahead(index), "cpu") for index in range(3)]
+    finally:
+        drawer.close()
+    for index, batch in enumerate(batches):
+        here = drawn(photos, crops, index)
+        assert torch.equal(batch.high, here.high)
+        assert torch.equal(batch.low, here.low)
+        assert batch.prompts == here.prompts
 
 
 def test_a_crop_larger_than_the_picture_is_refused(photos):
     with pytest.raises((ClipError, RuntimeError)):
-        clip_batch(photos, CLIPS, Crops(1, 256, 32), "cpu")(0, 0)
+        drawn(photos, Crops(1, 256, 32), 0)
 
 
 def test_cuts_are_pieces_of_their_clip_from_anywhere():
@@ -65,9 +82,9 @@ def test_cuts_are_pieces_of_their_clip_from_anywhere():
 def test_a_pool_makes_each_sample_once_and_moves_on():
     made: list[int] = []
 
-    def make(index: int) -> int:
+    def make(index: int) -> list[int]:
         made.append(index)
-        return index
+        return [index]
 
     pool = Pool(make, count=4, window=6, reuse=2.0, steps=40)
     steps = [pool(step, step) for step in range(40)]
@@ -81,21 +98,32 @@ def test_a_pool_makes_each_sample_once_and_moves_on():
 
 
 def test_a_resumed_pool_draws_the_same_and_makes_the_window_alone():
-    whole = Pool(lambda index: index, count=4, window=6, reuse=2.0, steps=40)
+    whole = Pool(lambda index: [index], count=4, window=6, reuse=2.0, steps=40)
     steps = [whole(step, step) for step in range(40)]
     made: list[int] = []
-    resumed = Pool(lambda index: made.append(index) or index, count=4, window=6, reuse=2.0, steps=40)
+    resumed = Pool(lambda index: made.append(index) or [index], count=4, window=6, reuse=2.0, steps=40)
     assert [resumed(step, step) for step in range(20, 40)] == steps[20:]
     assert min(made) == 40
 
 
 def test_a_pool_of_a_share_of_the_steps_moves_on_more_slowly():
-    pool = Pool(lambda index: index, count=4, window=6, reuse=2.0, steps=100, share=0.25)
+    pool = Pool(lambda index: [index], count=4, window=6, reuse=2.0, steps=100, share=0.25)
     assert pool.window(40) == range(20, 26)
 
 
+def test_a_pool_of_groups_draws_all_their_members():
+    made: list[int] = []
+    make = lambda index: made.append(index) or [3 * index, 3 * index + 1, 3 * index + 2]  # noqa: E731
+    pool = Pool(make, count=4, window=6, reuse=2.0, steps=60, group=3)
+    steps = [pool(step, step) for step in range(60)]
+    assert all(2 * index - 2 <= min(step) and max(step) < 2 * index + 6 for index, step in enumerate(steps))
+    assert made == list(range(len(made))), "in order, each once"
+    uses = [sum(step.count(sample) for step in steps) for sample in range(10, 100)]
+    assert 1.5 < sum(uses) / len(uses) < 2.5, "as often as promised"
+
+
 def test_a_sample_that_fails_fails_the_step():
-    def make(index: int) -> int:
+    def make(index: int) -> list[int]:
         raise ValueError(f"sample {index}")
 
     pool = Pool(make, count=1, window=1, reuse=1.0, steps=9)
@@ -108,7 +136,7 @@ def test_a_pool_at_work_does_not_hold_up_the_end():
     script = """
 import time
 from swifti2v.training.batches import Pool
-pool = Pool(lambda index: time.sleep(0.5 if index else 0) or index, count=1, window=1, reuse=0.01, steps=1000)
+pool = Pool(lambda index: time.sleep(0.5 if index else 0) or [index], count=1, window=1, reuse=0.01, steps=1000)
 assert pool(0, 0) == [0]
 """
     started = time.monotonic()
@@ -124,10 +152,10 @@ def test_mixed_batches_keep_their_shares():
 
 
 def test_joined_samples_keep_their_order():
-    samples = [
-        stored(LatentBatch(torch.full((1, 2, 3, 4, 4), 1.0 * i), torch.full((1, 1, 3, 4, 4), -1.0 * i), [str(i)]))
-        for i in (1, 2)
-    ]
+    values = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)
+    batch = LatentBatch(values.expand(2, 2, 3, 4, 4), -values.expand(2, 1, 3, 4, 4), ["1", "2"])
+    samples = stored(batch)
+    assert [tuple(sample.latents.shape) for sample in samples] == [(1, 2, 3, 4, 4)] * 2
     assert samples[0].latents.dtype == torch.float16
     with torch.autocast("cpu", torch.bfloat16):
         batch = joined(samples, "cpu")

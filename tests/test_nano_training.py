@@ -30,12 +30,14 @@ def small_phases() -> Iterator[None]:
     phases = dict(nano.PHASES)
     for name, phase in phases.items():
         one = replace(phase.train, batch=1)
+        width, height = (128, 64) if name in ("stage2", "vae2-decoder") else (64, 32)
+        samples = nano.Samples(Crops(1, width, height), 1, 1.0)
         if isinstance(phase, nano.VaePhase):
-            samples = nano.Samples(Crops(1, 64, 32), 1, 1.0)
             nano.PHASES[name] = replace(phase, train=one, samples=samples, cuts=Cuts(1, 16, 5))
+        elif isinstance(phase, nano.DecoderPhase):
+            nano.PHASES[name] = replace(phase, train=one, samples=samples)
         else:
-            width, height = (64, 32) if name == "stage1" else (128, 64)
-            nano.PHASES[name] = replace(phase, train=one, samples=(nano.Samples(Crops(1, width, height), 1, 1.0),))
+            nano.PHASES[name] = replace(phase, train=one, samples=(samples,))
     yield
     nano.PHASES.update(phases)
 
@@ -114,16 +116,16 @@ def test_an_ablation_trains_on_perfect_references(trained: Path, tmp_path: Path,
 
 
 def test_a_training_that_runs_out_of_time_says_so_and_goes_on(small_phases, tmp_path: Path, capsys):
-    arguments = ["nano", "vae1-short", "-o", str(tmp_path), *QUICK]
+    arguments = ["nano", "vae1", "-o", str(tmp_path), *QUICK]
     main([*arguments, "--minutes", "0"])
     assert "1 of 2 steps" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
     main(arguments)
-    assert (tmp_path / "models" / "vae1-short" / "config.json").exists()
-    late = ["nano", "vae2-short", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
+    assert (tmp_path / "models" / "vae1" / "config.json").exists()
+    late = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--minutes", "0", "--finish", "--set", "curve=false"]
     main(late)
-    assert (tmp_path / "models" / "vae2-short" / "config.json").exists()
-    assert not (tmp_path / "vae2-short" / "loss.png").exists()
+    assert (tmp_path / "models" / "vae2" / "config.json").exists()
+    assert not (tmp_path / "vae2" / "loss.png").exists()
 
 
 @pytest.mark.parametrize("change", ["stps=3", "steps=many", "bf16=yes", "steps"])

@@ -22,6 +22,7 @@ from swifti2v.training.adapt import AdaptConfig, LoraTask, adapt_task
 from swifti2v.training.batches import Crops, clip_batch
 from swifti2v.training.cli import main
 from swifti2v.training.clips import ClipConfig
+from swifti2v.training.drawing import Drawer
 from swifti2v.training.flow import ExpertLevels, dit_velocity
 from swifti2v.training.log import TrainingError
 from swifti2v.training.lora import Lora, checkpoint_blocks, save_lora
@@ -152,7 +153,8 @@ def test_a_lora_of_one_expert_learns_and_merges(expert: Any, profile: Profile, t
     samples = task.task.batch(0, 0)
     clips = ClipConfig(profile.width, profile.height, profile.frames, low_factor=4)
     photos = [np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)]
-    high = clip_batch(photos, clips, Crops(1, profile.width, profile.height), "cpu")(0, step_seed(0, "sample", 0)).high
+    places = Crops(1, profile.width, profile.height).places(clips, step_seed(0, "sample", 0))
+    high = clip_batch(Drawer(photos).ahead(clips, lambda _: places)(0), "cpu").high
     tower = ClipVisionEncoder.open(two_experts / "image_encoder")
     assert samples.image_tokens is not None
     assert torch.equal(samples.image_tokens, tower.encode(high[:, :, :1])), "of the sample's first frame"

@@ -17,6 +17,7 @@ from ..engine.profile import Profile
 from ..engine.weights import fingerprint, load_words
 from .batches import Crops, Samples, latent_pool, photos_hash
 from .clips import ClipConfig
+from .drawing import Drawer
 from .flow import Expert, ExpertLevels
 from .log import TrainingError
 from .lora import TARGETS, Lora, checkpoint_blocks
@@ -84,7 +85,7 @@ def adapt_task(
     text = _text(models, embeddings, train.device, (small.dit.text_len, small.dit.text_dim))
     clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
     crops = config.crops or Crops(train.batch, big.width, big.height)
-    samples = Samples(crops, config.window, config.reuse)
+    samples, drawer = Samples(crops, config.window, config.reuse), Drawer(photos)
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
     settings |= {"clips": asdict(clips), "photos": photos_hash(photos)}
     settings["text"] = fingerprint(embeddings or models / "text")
@@ -97,7 +98,7 @@ def adapt_task(
         if config.expert is not None:
             levels = ExpertLevels(**asdict(learned.levels), boundary=boundary, expert=config.expert)
             learned = replace(learned, levels=levels)
-        batch = latent_pool(photos, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip, images), "sample")
+        batch = latent_pool(drawer, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip, images), "sample")
         return _adapted(Stage1Task(dit, text, batch, learned, **settings), config)
     transition = config.stage2.transition
     entries = _transition_entries(folder, transition, boundary)
@@ -114,7 +115,7 @@ def adapt_task(
     one = StageOne(dits.get("stage1"), text, folder.vae("vae1"), dits.get("stage1_low"), limit, images)
     vae2, dit = folder.vae("vae2"), folder.dit("stage2")
     learn = lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed)  # noqa: E731
-    batch = latent_pool(photos, clips, samples, train, learn, "sample")
+    batch = latent_pool(drawer, clips, samples, train, learn, "sample")
     return _adapted(Stage2Task(dit, text, batch, config.stage2, **settings), config)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clips import Clip, ClipConfig, make_clip
+from .clips import ClipConfig
+from .drawing import Crop, Drawer, Drawn
 from .flow import ClipBatch, LatentBatch
 from .trainer import TrainConfig, autocast, step_seed
 
@@ -31,28 +32,24 @@ class Crops:
     width: int
     height: int
 
+    def places(self, config: ClipConfig, seed: int) -> list[Crop]:
+        """Where each clip of a batch is cut, and the seed it is drawn from."""
+        draws = torch.Generator().manual_seed(step_seed(seed, "places"))
+        crops = []
+        for index in range(self.count):
+            x, y = (
+                config.low_factor * int(torch.randint((whole - part) // config.low_factor + 1, (), generator=draws))
+                for whole, part in ((config.width, self.width), (config.height, self.height))
+            )
+            crops.append(Crop(step_seed(seed, "clip", index), (x, y, self.width, self.height)))
+        return crops
 
-def clip_batch(photos: Photos, config: ClipConfig, crops: Crops, device: str) -> Callable[[int, int], ClipBatch]:
-    """Whole clips with prompts: high [B, 3, T, H, W] and low [B, 3, T, H/f, W/f] in [-1, 1]."""
 
-    def make(_step: int, seed: int) -> ClipBatch:
-        clips = _clips(photos, config, crops, seed, device)
-        high = torch.stack([_pixels(clip.frames) for clip in clips])
-        low = torch.stack([_pixels(clip.low) for clip in clips])
-        return ClipBatch(high, low, [clip.prompt for clip in clips])
-
-    return make
-
-
-def video_batch(
-    photos: Photos, config: ClipConfig, crops: Crops, device: str, *, low: bool = False
-) -> Callable[[int, int], Tensor]:
-    """Clips [B, 3, T, H, W] in [-1, 1]; `low` takes the low-resolution ones."""
-
-    def make(_step: int, seed: int) -> Tensor:
-        return torch.stack([_pixels(c.low if low else c.frames) for c in _clips(photos, config, crops, seed, device)])
-
-    return make
+def clip_batch(clips: Sequence[Drawn], device: str) -> ClipBatch:
+    """Drawn clips as one batch: high [B, 3, T, H, W] and low [B, 3, T, H/f, W/f] in [-1, 1], with prompts."""
+    high = torch.stack([_pixels(clip.frames.to(device)) for clip in clips])
+    low = torch.stack([_pixels(clip.low.to(device)) for clip in clips])
+    return ClipBatch(high, low, [clip.prompt for clip in clips])
 
 
 @dataclass(frozen=True)
@@ -80,32 +77,37 @@ class Cuts:
 class Pool(Generic[Made]):
     """Samples made once, in order, on a thread, and used `reuse` times on average: making one costs more than a step.
 
-    Step s draws `count` of a window of `window` samples that moves on by `share * count / reuse` a step, `share` being
-    how many of the steps draw from this pool. What is drawn is a function of (step, seed): a resumed run makes the
-    window's samples again and draws the same. Nothing is made for steps beyond `steps`.
+    `make(index)` gives a group of `group` samples, as a GPU makes many at once. Step s draws `count` of a window of
+    `window` samples that moves on by `share * count / reuse` a step, `share` being how many of the steps draw from this
+    pool. The first steps draw from fewer groups, one more at each, so that none waits for a whole window. What is drawn
+    is a function of (step, seed): a resumed run makes the window's groups again and draws the same. Nothing is made for
+    steps beyond `steps`.
     """
 
     def __init__(
-        self, make: Callable[[int], Made], count: int, window: int, reuse: float, steps: int, share: float = 1.0
-    ) -> None:
-        self._make, self._count, self._window, self._steps = make, count, window, steps
-        self._pace = share * count / reuse
+        self, make: Callable[[int], Sequence[Made]], count: int, window: int, reuse: float, steps: int,
+        share: float = 1.0, group: int = 1,
+    ) -> None:  # fmt: skip
+        self._make, self._count, self._steps, self._group = make, count, steps, group
+        self._window = max(1, window // group)  # in groups, as everything below
+        self._pace = share * count / reuse / group
         self._changed = threading.Condition()
         self._wanted = range(0)
-        self._made: dict[int, Made] = {}
+        self._made: dict[int, Sequence[Made]] = {}
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def window(self, step: int) -> range:
-        """The samples that step `step` draws from."""
+        """The groups that step `step` draws from."""
         start = int(min(step, self._steps - 1) * self._pace)
-        return range(start, start + self._window)
+        return range(start, start + min(self._window, 2 + step))
 
     def __call__(self, step: int, seed: int) -> list[Made]:
         now, later = self.window(step), self.window(step + POOL_AHEAD)
         draws = torch.Generator().manual_seed(step_seed(seed, "pool"))
-        chosen = [now[i] for i in torch.randint(self._window, (self._count,), generator=draws).tolist()]
+        drawn = torch.randint(len(now) * self._group, (self._count,), generator=draws).tolist()
+        chosen = [(now[i // self._group], i % self._group) for i in drawn]
         with self._changed:
             self._wanted = range(now.start, later.stop)
             self._made = {index: made for index, made in self._made.items() if index >= now.start}
@@ -115,10 +117,10 @@ class Pool(Generic[Made]):
                 self._thread.start()
                 atexit.register(self.close)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._failure or all(index in self._made for index in chosen))
+            self._changed.wait_for(lambda: self._failure or all(index in self._made for index, _ in chosen))
             if self._failure is not None:
                 raise self._failure
-            return [self._made[index] for index in chosen]
+            return [self._made[index][member] for index, member in chosen]
 
     def close(self) -> None:
         """Stop making samples, once the one at work is done."""
@@ -155,32 +157,57 @@ class Samples:
     window: int  # how many a step chooses from
     reuse: float  # how often each is used, on average
     share: float = 1.0
+    group: int = 1  # how many are made at once
+
+
+def sample_pool(
+    drawer: Drawer,
+    config: ClipConfig,
+    item: Samples,
+    train: TrainConfig,
+    learn: Callable[[ClipBatch, int], Sequence[Made]],
+    *names: int | str,
+) -> Pool[Made]:
+    """A pool of what `learn(clips, seed)` makes of the clips of a group; `names` tell its seeds from others'."""
+    crops = replace(item.crops, count=item.group)
+
+    def places(index: int) -> list[Crop]:
+        return crops.places(config, step_seed(train.seed, *names, index))
+
+    clips = drawer.ahead(config, places)
+
+    def make(index: int) -> Sequence[Made]:
+        with autocast(train):
+            return learn(clip_batch(clips(index), train.device), step_seed(train.seed, *names, index))
+
+    return Pool(make, item.crops.count, item.window, item.reuse, train.steps, item.share, item.group)
 
 
 def latent_pool(
-    photos: Photos,
-    clips: ClipConfig,
+    drawer: Drawer,
+    config: ClipConfig,
     item: Samples,
     train: TrainConfig,
     learn: Callable[[ClipBatch, int], LatentBatch],
     *names: int | str,
 ) -> Callable[[int, int], LatentBatch]:
-    """Batches from a pool of encoded clips; `learn(clip, seed)` encodes one, `names` tell its seeds from others'."""
-    one = clip_batch(photos, clips, replace(item.crops, count=1), train.device)
-
-    def sample(index: int) -> LatentBatch:
-        seed = step_seed(train.seed, *names, index)
-        with autocast(train):
-            return stored(learn(one(index, seed), seed))
-
-    drawn = Pool(sample, item.crops.count, item.window, item.reuse, train.steps, item.share)
+    """Batches from a pool of encoded clips; `learn(clips, seed)` encodes a group."""
+    drawn = sample_pool(drawer, config, item, train, lambda clips, seed: stored(learn(clips, seed)), *names)
     return lambda step, seed: joined(drawn(step, seed), train.device)
 
 
-def stored(sample: LatentBatch) -> LatentBatch:
-    """A sample as a pool keeps it: in half precision, on the CPU; image tokens in fp32, as CLIP's have outliers."""
-    tokens = None if sample.image_tokens is None else sample.image_tokens.float().cpu()
-    return LatentBatch(sample.latents.half().cpu(), sample.channels.half().cpu(), sample.prompts, tokens)
+def stored(batch: LatentBatch) -> list[LatentBatch]:
+    """The samples of a batch as a pool keeps them: in half precision; image tokens in fp32, as CLIP's have outliers."""
+    tokens = None if batch.image_tokens is None else batch.image_tokens.float()
+    return [
+        LatentBatch(
+            batch.latents[i : i + 1].half(),
+            batch.channels[i : i + 1].half(),
+            [prompt],
+            None if tokens is None else tokens[i : i + 1],
+        )
+        for i, prompt in enumerate(batch.prompts)
+    ]
 
 
 def joined(samples: Sequence[LatentBatch], device: str) -> LatentBatch:
@@ -211,19 +238,6 @@ def mixed(batches: Sequence[Callable[[int, int], Made]], shares: Sequence[float]
         return batches[int(torch.multinomial(torch.tensor(shares), 1, generator=draws))](step, seed)
 
     return make
-
-
-def _clips(photos: Photos, config: ClipConfig, crops: Crops, seed: int, device: str) -> list[Clip]:
-    places = torch.Generator().manual_seed(step_seed(seed, "places"))
-    clips = []
-    for index in range(crops.count):
-        x, y = (
-            config.low_factor * int(torch.randint((whole - part) // config.low_factor + 1, (), generator=places))
-            for whole, part in ((config.width, crops.width), (config.height, crops.height))
-        )
-        crop = (x, y, crops.width, crops.height)
-        clips.append(make_clip(photos, step_seed(seed, "clip", index), config, crop=crop, device=device))
-    return clips
 
 
 def _pixels(frames: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..engine.presets import PROFILES, get_profile
 from ..engine.profile import Profile
 from .adapt import AdaptConfig, adapt_task
 from .checkpoint import load_ema
+from .drawing import Drawer
 from .dry_run import step_cost
 from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
@@ -56,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("-o", "--out", type=Path, required=True, help="folder of the training, one subfolder per phase")
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
-    phase.add_argument("--finish", action="store_true", help="write the weights even where --minutes ended it")
+    phase.add_argument("--workers", type=int, default=0, help="processes that draw clips ahead (default: none)")
+    phase.add_argument(
+        "--finish",
+        action="store_true",
+        help="end at --minutes: the rate falls to 0 until then, and the weights are written",
+    )
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
     _transition_option(phase)
     _run_options(phase)
@@ -111,17 +117,20 @@ def _pack(options: argparse.Namespace) -> None:
 
 def _nano(options: argparse.Namespace) -> None:
     name, phase = options.phase, PHASES[options.phase]
-    phase = replace(phase, train=_train_config(options, phase.train))
+    phase = replace(phase, train=replace(_train_config(options, phase.train), timed=options.finish))
     if options.transition is not None:
         if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
         phase = replace(phase, config=with_transition(phase.config, options.transition))
-    photos = _photos(options)
     models = options.models or options.out / "models"
-    task = train_task(name, photos, models, phase, compiled=options.compile, start=options.start)
-    if _train(task, phase.train, options.out / name) or options.finish:
-        finish(name, photos, options.out, phase, models)
-        print(models / name)
+    drawer = Drawer(_photos(options), options.workers)
+    try:
+        task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start)
+        if _train(task, phase.train, options.out / name) or options.finish:
+            finish(name, drawer, options.out, phase, models)
+            print(models / name)
+    finally:
+        drawer.close()
 
 
 def _lora(options: argparse.Namespace) -> None:

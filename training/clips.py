@@ -35,6 +35,10 @@ class ClipConfig:
     procedural: float = 0.15  # clips over a procedural texture; all, where there are no photographs
     colour_jitter: float = 0.12  # per channel, relative; 0 for evaluation
     mirror: float = 0.5  # photographs seen in the mirror; 0 for evaluation
+    # A few photographs, seen many times, are learned by heart unless they keep changing; all 0 for evaluation.
+    turn: float = 0.5  # upside down
+    swap: float = 0.5  # with its colour channels exchanged
+    blend: float = 0.25  # of a photograph with another one
     odds: MotionOdds = field(default_factory=MotionOdds)
 
     def __post_init__(self) -> None:
@@ -146,5 +150,21 @@ def _picture(
         texels = to_texels(photo, device)
         if draws.chance(config.mirror):
             texels = texels.flip(3)
+        texels = _changed(texels, photos, config, draws)
     jitter = 1 + config.colour_jitter * (2 * draws.grid(3, 1, 1) - 1)
     return (texels * torch.from_numpy(jitter).to(device)).clamp_(max=1), number
+
+
+def _changed(texels: Tensor, photos: Sequence[np.ndarray], config: ClipConfig, draws: Draws) -> Tensor:
+    """A photograph fp32 [1, 3, h, w] turned, recoloured, blended; what the configuration never does draws nothing."""
+    if config.turn and draws.chance(config.turn):
+        texels = texels.flip(2)
+    if config.swap and draws.chance(config.swap):
+        order = list(range(3))
+        channels = [order.pop(draws.below(len(order))) for _ in range(3)]
+        texels = texels[:, channels]
+    if config.blend and draws.chance(config.blend):
+        other = to_texels(photos[draws.below(len(photos))], texels.device)
+        other = F.interpolate(other, texels.shape[2:], mode="bilinear", align_corners=False)
+        texels = texels.lerp(other, draws.uniform(0.3, 0.7))
+    return texels

@@ -32,28 +32,41 @@ class Muon(torch.optim.Optimizer):
         """One update of all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["average"] = torch.zeros_like(parameter)
-                state["average"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(state["average"], group["momentum"]).flatten(1)  # -> [out, in * ...]
-                rows, columns = update.shape
-                scale = max(1.0, rows / columns) ** 0.5  # so that outputs move as far, whatever the shape
-                turned = orthogonal(update.to(self.dtype)).view_as(parameter)
-                parameter.add_(turned.to(parameter.dtype), alpha=-group["lr"] * scale)
+                if parameter.grad is not None:
+                    alike.setdefault(tuple(parameter.shape), []).append(parameter)
+            for parameters in alike.values():  # together: on a GPU a small matrix costs its launches
+                self._step(parameters, group["lr"], group["momentum"])
+
+    def _step(self, parameters: list[nn.Parameter], lr: float, momentum: float) -> None:
+        """One update of parameters of one shape."""
+        updates = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            if not state:
+                state["average"] = torch.zeros_like(parameter)
+            state["average"].lerp_(parameter.grad, 1 - momentum)
+            updates.append(parameter.grad.lerp(state["average"], momentum).flatten(1))  # -> [out, in * ...]
+        rows, columns = updates[0].shape
+        scale = max(1.0, rows / columns) ** 0.5  # so that outputs move as far, whatever the shape
+        for parameter, turned in zip(parameters, orthogonal(torch.stack(updates).to(self.dtype)), strict=True):
+            parameter.add_(turned.view_as(parameter).to(parameter.dtype), alpha=-lr * scale)
 
 
-def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, roughly: singular values end within 0.7 .. 1.2."""
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest matrices with orthonormal rows or columns, roughly: singular values end within 0.7 .. 1.2.
+
+    [..., rows, columns], each by itself.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
     for _ in range(rounds):
-        square = x @ x.T
+        square = x @ x.mT
         x = A * x + (B * square + C * square @ square) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 def layer_weights(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

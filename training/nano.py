@@ -1,15 +1,14 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 and vae2 (each after its own -short), then stage1 (needs vae1), then stage2 (needs all).
+vae1 and vae2, then stage1 (needs vae1) and stage2 (needs all); last the decoders alone (need all, begin with theirs).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,11 @@ from ..engine.profile import StageConfig
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Crops, Cuts, Pool, Samples, latent_pool, mixed, photos_hash, video_batch
+from .batches import Crops, Cuts, Samples, latent_pool, mixed, photos_hash, sample_pool
 from .checkpoint import load_ema
 from .clips import ClipConfig
+from .decoder import DecoderConfig, DecoderTask, decoder_samples
+from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
@@ -30,7 +31,6 @@ from .trainer import Task, TrainConfig, ship, step_seed
 from .transition import StageOne
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
-Photos = Sequence[np.ndarray]
 # Mostly one camera move at a time: a small model learns these before it learns everything at once.
 ODDS = MotionOdds(
     moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
@@ -38,7 +38,7 @@ ODDS = MotionOdds(
 CLIPS = ClipConfig(odds=ODDS)  # 512x320, 33 frames, low resolution 128x80: the grids of `nano`
 # Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
 LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2, odds=ODDS)
-STATISTICS_BATCHES = 40  # over which a finished VAE's latents are measured
+STATISTICS_BATCHES = 8  # over which a finished VAE's latents are measured
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,18 @@ class VaePhase:
     samples: Samples
     cuts: Cuts  # of the samples
     low: bool
-    after: str | None = None  # the phase whose finished weights it begins with
-    decoder_only: bool = False  # the encoder stays, and so do the latents that DiTs were trained on
     loss: VaeLoss = field(default_factory=VaeLoss)
+
+
+@dataclass(frozen=True)
+class DecoderPhase:
+    """The decoder of a finished VAE, on latents as its stage makes them; what DiTs were trained on stays."""
+
+    train: TrainConfig
+    samples: Samples
+    config: DecoderConfig
+    low: bool  # the VAE of Stage I
+    after: str  # the phase whose finished VAE it begins with
 
 
 @dataclass(frozen=True)
@@ -63,122 +72,136 @@ class DitPhase:
     config: Stage1Config | Stage2Config
 
 
-Phase = VaePhase | DitPhase
+Phase = VaePhase | DecoderPhase | DitPhase
+STAGE2 = Stage2Config(NoiseLevels(shift=3.0), own_context=0.15)
 PHASES: dict[str, Phase] = {
-    # Short pieces teach the picture in a third of the time; what follows a long past is learned from whole clips.
-    "vae1-short": VaePhase(
-        TrainConfig(1500, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(4, 256, 160), 64, 12.0),
-        Cuts(4, 64, 9),
-        low=True,
-    ),
-    "vae2-short": VaePhase(
-        TrainConfig(2000, 4, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(4, 128, 128), 64, 12.0),
-        Cuts(4, 64, 9),
-        low=False,
-    ),
     "vae1": VaePhase(
-        TrainConfig(2500, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(2, 256, 160), 64, 12.0),
-        Cuts(2, 48, 33),
+        TrainConfig(1500, 64, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(64, 256, 160), 128, 48.0, group=8),
+        Cuts(64, 48, 33),
         low=True,
-        after="vae1-short",
     ),
     "vae2": VaePhase(
-        TrainConfig(4000, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(2, 128, 128), 64, 12.0),
-        Cuts(2, 48, 33),
+        TrainConfig(2000, 48, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(48, 128, 128), 128, 24.0, group=8),
+        Cuts(48, 48, 33),
         low=False,
-        after="vae2-short",
-    ),
-    "vae2-decoder": VaePhase(
-        TrainConfig(3000, 2, lr=2e-3, muon=0.005, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(2, 128, 128), 64, 12.0),
-        Cuts(2, 64, 33),
-        low=False,
-        after="vae2",
-        decoder_only=True,
     ),
     "stage1": DitPhase(
-        TrainConfig(1800, 8, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(8, 256, 160), 32, 24.0, 0.75), Samples(Crops(8, 192, 128), 16, 24.0, 0.25)),
+        TrainConfig(3000, 96, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        (Samples(Crops(96, 256, 160), 512, 96.0, 0.75, 16), Samples(Crops(96, 192, 128), 256, 96.0, 0.25, 16)),
         Stage1Config(),
     ),
     "stage2": DitPhase(
-        TrainConfig(900, 2, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=250, bf16=True),
-        (Samples(Crops(2, 384, 256), 16, 20.0, 0.85), Samples(Crops(2, 512, 320), 4, 20.0, 0.15)),
-        Stage2Config(NoiseLevels(shift=3.0), own_context=0.1),
+        TrainConfig(5000, 48, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
+        (Samples(Crops(48, 192, 128), 192, 20.0, 0.8, 16), Samples(Crops(12, 384, 256), 48, 20.0, 0.2, 4)),
+        STAGE2,
+    ),
+    "vae1-decoder": DecoderPhase(
+        TrainConfig(3000, 8, lr=1e-3, muon=0.004, warmup=50, ema=0.998, save_every=500, bf16=True),
+        Samples(Crops(8, 256, 160), 48, 24.0, group=4),
+        DecoderConfig(STAGE2, made=0.3, side=6),
+        low=True,
+        after="vae1",
+    ),
+    "vae2-decoder": DecoderPhase(
+        TrainConfig(1000, 24, lr=1e-3, muon=0.005, warmup=50, ema=0.99, save_every=500, bf16=True),
+        Samples(Crops(24, 192, 128), 96, 12.0, group=16),
+        DecoderConfig(STAGE2),
+        low=False,
+        after="vae2",
     ),
 }
 
 
 def train_task(
-    name: str, photos: Photos, models: Path, phase: Phase, *, compiled: bool = False, start: Path | None = None
+    name: str, drawer: Drawer, models: Path, phase: Phase, *, compiled: bool = False, start: Path | None = None
 ) -> Task:
     """The task of a phase on its device; finished models of the phases before it are read from `models`.
 
     Weights are new, or those of the folder `start`, which holds finished models too.
     """
-    profile, train = get_profile("nano"), phase.train
-    device, seed = train.device, step_seed(train.seed, name)
+    train = phase.train
     begin = None if start is None else start / name
-    if isinstance(phase, VaePhase) and phase.after is not None and begin is None:
+    if isinstance(phase, DecoderPhase) and begin is None:
         begin = models / phase.after
     # What a run is made of: to go on with other photographs or other models would be another run.
-    settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin), "photos": photos_hash(photos)}
-    settings["clips"] = asdict(_clips(phase))
+    settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
+    settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(_clips(phase))}
     if isinstance(phase, VaePhase):
+        seed = step_seed(train.seed, name)
         vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
-        vae.requires_grad_(True)
-        if phase.decoder_only:
-            vae.encoder.requires_grad_(False)
-            vae.quant.requires_grad_(False)
-        return VaeTask(vae.to(device), _videos(name, photos, phase), phase.loss, fuse=compiled, **settings)
-    torch.manual_seed(seed)
+        vae.requires_grad_(True).to(train.device)
+        return VaeTask(vae, _videos(name, drawer, phase), phase.loss, fuse=compiled, **settings)
+    read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
+    if isinstance(phase, DecoderPhase):
+        read += ["stage1", "text"] if phase.low else ["stage2"]
+    settings["models"] = fingerprint(*(models / item for item in read))
+    if isinstance(phase, DitPhase):
+        settings["samples"] = [asdict(item) for item in phase.samples]
+        return _dit_task(name, drawer, models, phase, begin, compiled, settings)
+    assert begin is not None
+    settings["samples"] = asdict(phase.samples)
+    vae = load_vae(begin, dtype=torch.float32, device=train.device)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant.requires_grad_(True)
+    one = _stage_one(models, train.device)
+    dit = None if phase.low else load_dit(models / "stage2", dtype=torch.float32, device=train.device)
+
+    def learn(clips: ClipBatch, seed: int) -> list[tuple[Tensor, Tensor]]:
+        return decoder_samples(one, dit, vae, clips, phase.config, seed)
+
+    pool = sample_pool(drawer, _clips(phase), phase.samples, train, learn, name)
+    return DecoderTask(vae, pool, phase.config, **settings)
+
+
+def _dit_task(
+    name: str, drawer: Drawer, models: Path, phase: DitPhase, begin: Path | None, compiled: bool, settings: dict
+) -> Task:
+    """The task of one of the DiTs."""
+    profile, config, device = get_profile("nano"), phase.config, phase.train.device
     stage = _stage(phase)
+    torch.manual_seed(step_seed(phase.train.seed, name))
     dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
     if compiled:
         fuse(dit)
-    settings["samples"] = [asdict(item) for item in phase.samples]
-    read = ["vae1"] if isinstance(phase.config, Stage1Config) else ["vae1", "stage1", "text", "vae2"]
-    settings["models"] = fingerprint(*(models / item for item in read))
-    if isinstance(phase.config, Stage1Config):
+    if isinstance(config, Stage1Config):
         vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
-        if start is None:
+        if begin is None:
             words = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
         else:
-            words = load_words(start / "text").requires_grad_(True)
-        make = _pools(name, photos, phase, lambda clips, _: stage1_batch(vae1, clips))
-        return Stage1Task(dit, words, make, phase.config, **settings)
-    config = phase.config
-    one = StageOne(
+            words = load_words(begin.parent / "text").requires_grad_(True)
+        make = _pools(name, drawer, phase, lambda clips, _: stage1_batch(vae1, clips))
+        return Stage1Task(dit, words, make, config, **settings)
+    one, vae2 = _stage_one(models, device), load_vae(models / "vae2", dtype=torch.float32, device=device)
+    make = _pools(name, drawer, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
+    return Stage2Task(dit, one.words, make, config, **settings)
+
+
+def _stage_one(models: Path, device: str) -> StageOne:
+    return StageOne(
         load_dit(models / "stage1", dtype=torch.float32, device=device),
         load_words(models / "text", device=device),
         load_vae(models / "vae1", dtype=torch.float32, device=device),
     )
-    vae2 = load_vae(models / "vae2", dtype=torch.float32, device=device)
-    make = _pools(name, photos, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
-    return Stage2Task(dit, one.words, make, config, **settings)
 
 
-def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) -> None:
+def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) -> None:
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
     profile = get_profile("nano")
+    if isinstance(phase, DecoderPhase):
+        vae = load_vae(models / phase.after, dtype=torch.float32)  # with the statistics of its latents
+        load_ema(folder / name, {"vae": vae})
+        ship(vae, models / name)
+        return
     if isinstance(phase, VaePhase):
-        if phase.decoder_only:
-            assert phase.after is not None
-            vae = load_vae(models / phase.after, dtype=torch.float32)  # with the statistics of its latents
-            load_ema(folder / name, {"vae": vae})
-            ship(vae, models / name)
-            return
         vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
-        phase = replace(phase, train=replace(phase.train, device="cpu"))
-        make = _videos(f"{name}/statistics", photos, phase)
-        videos = (make(0, step_seed(phase.train.seed, "statistics", i)) for i in range(STATISTICS_BATCHES))
-        ship(finished(vae, videos), models / name)
+        make = _videos(f"{name}/statistics", drawer, phase)
+        steps = range(0, 8 * STATISTICS_BATCHES, 8)  # later ones draw from more clips
+        videos = (make(step, step_seed(phase.train.seed, "statistics", step)) for step in steps)
+        ship(finished(vae.to(phase.train.device), videos), models / name)
         return
     stage = _stage(phase)
     modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
@@ -191,7 +214,7 @@ def finish(name: str, photos: Photos, folder: Path, phase: Phase, models: Path) 
 
 def _low(phase: Phase) -> bool:
     """Whether the phase is one of Stage I, which sees the low resolution alone."""
-    return phase.low if isinstance(phase, VaePhase) else isinstance(phase.config, Stage1Config)
+    return isinstance(phase.config, Stage1Config) if isinstance(phase, DitPhase) else phase.low
 
 
 def _stage(phase: Phase) -> StageConfig:
@@ -203,23 +226,21 @@ def _clips(phase: Phase) -> ClipConfig:
     return LOW_CLIPS if _low(phase) else CLIPS
 
 
-def _videos(name: str, photos: Photos, phase: VaePhase) -> Callable[[int, int], Tensor]:
+def _videos(name: str, drawer: Drawer, phase: VaePhase) -> Callable[[int, int], Tensor]:
     """Pieces of a pool of clips."""
-    train, item = phase.train, phase.samples
-    make = video_batch(photos, _clips(phase), replace(item.crops, count=1), train.device, low=phase.low)
 
-    def sample(index: int) -> Tensor:
-        return make(index, step_seed(train.seed, name, index)).half()
+    def learn(clips: ClipBatch, _: int) -> list[Tensor]:
+        return list((clips.low if phase.low else clips.high).half().split(1))
 
-    pool = Pool(sample, item.crops.count, item.window, item.reuse, train.steps)
+    pool = sample_pool(drawer, _clips(phase), phase.samples, phase.train, learn, name)
     return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
 
 
 def _pools(
-    name: str, photos: Photos, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
+    name: str, drawer: Drawer, phase: DitPhase, learn: Callable[[ClipBatch, int], LatentBatch]
 ) -> Callable[[int, int], LatentBatch]:
-    """Batches from one pool for each size of samples; `learn(clip, seed)` encodes one clip."""
+    """Batches from one pool for each size of samples; `learn(clips, seed)` encodes a group."""
     pools = [
-        latent_pool(photos, _clips(phase), item, phase.train, learn, name, item.crops.width) for item in phase.samples
+        latent_pool(drawer, _clips(phase), item, phase.train, learn, name, item.crops.width) for item in phase.samples
     ]
     return mixed(pools, [item.share for item in phase.samples])

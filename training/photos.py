@@ -61,6 +61,7 @@ PHOTOS = (
     _budgie("beacon-street-sunset", "train", "roofs of Boston, Matthew Landers"),
     _budgie("casa-mila", "train", "round courtyard from below"),
     _budgie("extreme-desert-hike", "train", "orange dune, clear sky"),
+    _budgie("high-trestle-trail", "train", "lit bridge at night"),
     _budgie("oakland-zoo-otters", "train", "otters at the water, Derrick Coetzee"),
     _budgie("perched-osprey", "train", "bird on a branch, U.S. National Park Service"),
     _budgie("tea-gardens", "train", "green hills in fog"),

@@ -33,7 +33,7 @@ from .muon import Muon, layer_weights
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "average")  # of AdamW and Muon
 # These may differ when a run is resumed; `steps` may only grow.
 # What a run began with matters no more once it has a checkpoint.
-FREE = ("minutes", "save_every", "log_every", "device", "bf16", "skips", "curve", "task.start")
+FREE = ("minutes", "timed", "save_every", "log_every", "device", "bf16", "skips", "curve", "task.start")
 Parts = Mapping[str, float | Tensor]
 
 
@@ -70,6 +70,7 @@ class TrainConfig:
     device: str = "cpu"
     bf16: bool = False  # autocast; weights, EMA and optimizer stay fp32
     minutes: float | None = None  # stop and save when this much time has passed in this call
+    timed: bool = False  # the rate falls to 0 at the end of `minutes` if that comes before `steps`
     curve: bool = True  # draw loss.png, which needs matplotlib
     skips: int | None = None  # non-finite steps in a row to pass over; None: 3 under bf16, else 0
 
@@ -100,11 +101,14 @@ def autocast(config: TrainConfig) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=config.bf16, cache_enabled=False)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear rise over `warmup` steps, then a cosine towards 0 at `steps`."""
+def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
+    """The rate of step 0, 1, ...: a linear rise over `warmup` steps, then a cosine towards 0 at `steps`.
+
+    `spent` is the share of the time that has passed, where that ends the run.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    part = (step - config.warmup) / max(1, config.steps - config.warmup)
+    part = max(spent, (step - config.warmup) / max(1, config.steps - config.warmup))
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
@@ -128,9 +132,9 @@ def train(task: Task, config: TrainConfig, folder: Path, on_log: Callable[[Recor
     with torch.random.fork_rng(devices=devices):
         run = _Run(task, config, folder)
         run.resume()
-        started = time.monotonic()
+        started, limit = time.monotonic(), 60 * (config.minutes or math.inf)
         while run.step < config.steps:
-            record = run.advance()
+            record = run.advance((time.monotonic() - started) / limit if config.timed else 0.0)
             if record is not None and on_log is not None:
                 on_log(record)
             done = run.step == config.steps
@@ -157,12 +161,12 @@ class _Run:
         self.step = self.skipped = self.passed = 0  # steps done; how many of them were skipped, and the last in a row
         self.seconds = 0.0  # of training, over all calls
 
-    def advance(self) -> Record | None:
-        """Do one step; its record where it is logged."""
+    def advance(self, spent: float = 0.0) -> Record | None:
+        """Do one step, `spent` of the run's time having passed; its record where it is logged."""
         config, start = self.config, time.monotonic()
         seed = step_seed(config.seed, self.step)
         torch.manual_seed(seed)
-        rate = learning_rate(config, self.step)
+        rate = learning_rate(config, self.step, spent)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate / config.lr
