@@ -27,16 +27,16 @@ demo: setup
 	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
 
 # PHOTOS names the folder of the pictures of Debian's budgie-backgrounds 3.0; the others come with Python packages.
-# Each phase goes on where it stopped. Pass TRAIN_FLAGS="--device cuda" on a GPU.
+# Each phase goes on where it stopped. On a GPU pass TRAIN_FLAGS="--device cuda --workers 14"; on a CPU it takes days.
 PHOTOS ?= build/photos
-TRAIN_FLAGS ?= --threads 1 --compile
+TRAIN_FLAGS ?= --threads 1
 train-nano: setup-dev
-	for phase in vae1-short vae1 vae2-short vae2 vae2-decoder stage1 stage2; do \
+	for phase in vae1 vae2 stage1 stage2 vae2-decoder; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
 	mkdir -p weights/nano/vae2
 	for part in vae1 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
-	cp -r build/nano/models/vae2-decoder/. weights/nano/vae2
+	cp build/nano/models/vae2-decoder/* weights/nano/vae2
 
 test: setup-dev lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"

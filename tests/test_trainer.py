@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes to the bit, refuses what is not its own, and keeps its log straight."""
 
+import itertools
 import json
 import re
 import sys
@@ -152,6 +153,10 @@ def test_schedule():
     assert learning_rate(config, 9) == learning_rate(config, 10) == 1.0
     assert learning_rate(config, 60) == pytest.approx(0.5)
     assert learning_rate(config, 109) < 0.001
+    assert learning_rate(config, 10, spent=0.5) == pytest.approx(0.5), "by the clock, where that is further"
+    assert learning_rate(config, 60, spent=0.1) == pytest.approx(0.5)
+    assert learning_rate(config, 20, spent=1.0) == learning_rate(config, 20, spent=1.2) == 0
+    assert learning_rate(config, 0, spent=0.9) == pytest.approx(0.1), "warming up all the same"
     assert ema_decay(config, 0) == 0.1
     assert ema_decay(config, 10**6) == config.ema
     assert len({step_seed(seed, step) for seed in range(3) for step in range(50)}) == 150
@@ -229,6 +234,16 @@ def test_time_budget_stops_saves_and_resumes(whole: tuple[Denoise, Path], tmp_pa
     task = Denoise(seed=3)
     assert train(task, replace(CONFIG, minutes=60.0), tmp_path) == 20
     same(task.dit, whole[0].dit)
+
+
+def test_a_timed_run_ends_at_a_rate_of_nothing(tmp_path: Path):
+    """With far more steps than the time allows, the rate falls all the same."""
+    config = replace(CONFIG, steps=10**6, minutes=2 / 60, timed=True, save_every=10**6)
+    done = train(Denoise(), config, tmp_path)
+    rates = [record["lr"] for record in read_log(tmp_path)]
+    assert 10 < done == len(rates) < 10**5
+    assert rates[-1] < 0.1 * max(rates) < max(rates) == pytest.approx(CONFIG.lr, rel=0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[CONFIG.warmup :]))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):

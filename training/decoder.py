@@ -1,11 +1,11 @@
-"""The decoder of a finished VAE, trained on latents as its stage makes them: it mends what few steps leave undone.
+"""The decoder of a finished VAE, trained on latents as Stage II makes them: it mends what few steps leave undone.
 
 The encoder stays, and so do the latents that DiTs were trained on. A causal decoder remembers the frames before, so it
 learns to carry their detail on where the latents lack it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .flow import ClipBatch, encode_clip
 from .stage1 import encode_prompts
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import step_seed
-from .transition import StageOne, transit_latents
+from .transition import StageOne
 from .vae import VaeLoss, reconstruct, vae_loss
 
 Sample = tuple[Tensor, Tensor]  # latents [1, z, 1+k, h, w] and their pixels [1, 3, 1+4k, H, W]
@@ -26,7 +26,7 @@ Sample = tuple[Tensor, Tensor]  # latents [1, z, 1+k, h, w] and their pixels [1,
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """How the stages are run, how often their latents take the truth's place, and the side of a piece in cells."""
+    """How Stage II is run, how often its latents take the truth's place, and the side of a piece in cells."""
 
     stage2: Stage2Config
     made: float = 0.7
@@ -36,36 +36,21 @@ class DecoderConfig:
 
 @torch.no_grad()
 def decoder_samples(
-    one: StageOne, dit: DiT | None, vae: VAE, clips: ClipBatch, config: DecoderConfig, seed: int
+    one: StageOne, dit: DiT, vae: VAE, clips: ClipBatch, config: DecoderConfig, seed: int
 ) -> list[Sample]:
-    """Clips as a stage makes them, for a share, or as its VAE encodes them.
-
-    With a second DiT its segments, each on the output of those before; else Stage I's latents after transition.
-    """
+    """Clips as Stage II makes them from references after transition, for a share, or as the VAE encodes them."""
     generator = torch.Generator().manual_seed(step_seed(seed, "made"))
-    video = clips.low if dit is None else clips.high
-    latents = encode_clip(vae, video)
+    latents = encode_clip(vae, clips.high)
     taken = (torch.rand(len(latents), generator=generator) < config.made).nonzero().flatten().tolist()
     if taken:
         some = ClipBatch(clips.high[taken], clips.low[taken], [str(clips.prompts[i]) for i in taken])
-        if dit is None:
-            always = replace(config.stage2.transition, probability=1.0)
-            latents[taken] = transit_latents(one, some, always, generator)
-        else:
-            latents[taken] = _stage2_latents(one, dit, vae, some, config.stage2, seed, generator)
-    return list(zip(latents.half().split(1), video.half().split(1), strict=True))
-
-
-def _stage2_latents(
-    one: StageOne, dit: DiT, vae: VAE, clips: ClipBatch, config: Stage2Config, seed: int, generator: torch.Generator
-) -> Tensor:
-    """Latents [B, z, 1+k, H, W] as the second DiT makes them, segment by segment, from references after transition."""
-    batch = stage2_batch(one, vae, clips, config.transition, seed)
-    task = Stage2Task(dit, one.words, lambda *_: batch, config)
-    text, made = encode_prompts(one.words, list(clips.prompts), batch.latents.device), batch.latents
-    for segment in plan_segments(made.shape[2]):
-        made = task.with_own_output(made, batch.channels, text, segment, generator)
-    return made
+        batch = stage2_batch(one, vae, some, config.stage2.transition, seed)
+        task = Stage2Task(dit, one.words, lambda *_: batch, config.stage2)
+        text, made = encode_prompts(one.words, list(some.prompts), latents.device), batch.latents
+        for segment in plan_segments(made.shape[2]):  # each on what the DiT made before
+            made = task.with_own_output(made, batch.channels, text, segment, generator)
+        latents[taken] = made
+    return list(zip(latents.half().split(1), clips.high.half().split(1), strict=True))
 
 
 class DecoderTask:

@@ -2,9 +2,9 @@
 # Trains phases of `nano` on a bare GPU machine without a network: needs python with torch, numpy, pillow, safetensors.
 #   training/device.sh PHOTOS.safetensors MODELS OUT PHASE [swifti2v-train options]
 # PHOTOS is what `swifti2v-train pack` wrote, MODELS a folder of the finished models that the phase reads (and, with
-# `--start MODELS`, begins with). One call trains one phase in about 9 minutes; OUT/PHASE (and OUT/text) hold its averaged
-# weights as a model folder has them, OUT/PHASE.log and .jsonl its log. Choose --set steps=N to end within the time: a
-# run that is cut off ships weights of a high learning rate.
+# `--start MODELS`, begins with). One call trains one phase in under 9 minutes, at whose end the learning rate is 0; OUT/PHASE
+# (and OUT/text) hold its averaged weights as a model folder has them, OUT/PHASE.log and .jsonl its log. WORKERS processes
+# draw clips. training/all_phases.sh runs them all.
 set -eu
 photos=$1 models=$2 out=$3 phase=$4
 shift 4
@@ -14,7 +14,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/models" "$out"
 if [ -d "$models" ]; then cp -r "$models/." "$work/models/"; fi
 PYTHONPATH="$root/.typing" PYTHONUNBUFFERED=1 python3 -m swifti2v.training.cli nano "$phase" -o "$work" \
-  --packed "$photos" --device cuda --minutes 8.5 --finish --set curve=false "$@" 2>"$out/$phase.log" || {
+  --packed "$photos" --device cuda --workers "${WORKERS:-12}" --minutes 8.5 --finish --set curve=false "$@" \
+  2>"$out/$phase.log" || {
   status=$?
   tail -n 20 "$out/$phase.log" >&2
   exit $status

@@ -1,7 +1,7 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 and vae2, then stage1 (needs vae1) and stage2 (needs all); last the decoders alone (need all, begin with theirs).
+vae1 and vae2, then stage1 (needs vae1), stage2 (needs all), and vae2-decoder (needs all, and begins with vae2).
 """
 
 from collections.abc import Callable
@@ -54,12 +54,11 @@ class VaePhase:
 
 @dataclass(frozen=True)
 class DecoderPhase:
-    """The decoder of a finished VAE, on latents as its stage makes them; what DiTs were trained on stays."""
+    """The decoder of Stage II's finished VAE, on latents as the DiT makes them; what that was trained on stays."""
 
     train: TrainConfig
     samples: Samples
     config: DecoderConfig
-    low: bool  # the VAE of Stage I
     after: str  # the phase whose finished VAE it begins with
 
 
@@ -97,18 +96,10 @@ PHASES: dict[str, Phase] = {
         (Samples(Crops(48, 192, 128), 192, 20.0, 0.8, 16), Samples(Crops(12, 384, 256), 48, 20.0, 0.2, 4)),
         STAGE2,
     ),
-    "vae1-decoder": DecoderPhase(
-        TrainConfig(3000, 8, lr=1e-3, muon=0.004, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(8, 256, 160), 48, 24.0, group=4),
-        DecoderConfig(STAGE2, made=0.3, side=6),
-        low=True,
-        after="vae1",
-    ),
     "vae2-decoder": DecoderPhase(
         TrainConfig(1000, 24, lr=1e-3, muon=0.005, warmup=50, ema=0.99, save_every=500, bf16=True),
         Samples(Crops(24, 192, 128), 96, 12.0, group=16),
         DecoderConfig(STAGE2),
-        low=False,
         after="vae2",
     ),
 }
@@ -136,7 +127,7 @@ def train_task(
         return VaeTask(vae, _videos(name, drawer, phase), phase.loss, fuse=compiled, **settings)
     read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
     if isinstance(phase, DecoderPhase):
-        read += ["stage1", "text"] if phase.low else ["stage2"]
+        read.append("stage2")
     settings["models"] = fingerprint(*(models / item for item in read))
     if isinstance(phase, DitPhase):
         settings["samples"] = [asdict(item) for item in phase.samples]
@@ -146,8 +137,7 @@ def train_task(
     vae = load_vae(begin, dtype=torch.float32, device=train.device)
     vae.decoder.requires_grad_(True)
     vae.post_quant.requires_grad_(True)
-    one = _stage_one(models, train.device)
-    dit = None if phase.low else load_dit(models / "stage2", dtype=torch.float32, device=train.device)
+    one, dit = _stage_one(models, train.device), load_dit(models / "stage2", dtype=torch.float32, device=train.device)
 
     def learn(clips: ClipBatch, seed: int) -> list[tuple[Tensor, Tensor]]:
         return decoder_samples(one, dit, vae, clips, phase.config, seed)
@@ -214,7 +204,7 @@ def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) 
 
 def _low(phase: Phase) -> bool:
     """Whether the phase is one of Stage I, which sees the low resolution alone."""
-    return isinstance(phase.config, Stage1Config) if isinstance(phase, DitPhase) else phase.low
+    return phase.low if isinstance(phase, VaePhase) else isinstance(phase.config, Stage1Config)
 
 
 def _stage(phase: Phase) -> StageConfig:
