@@ -26,12 +26,12 @@ def compiling(graph: str, backend: str, log: Path) -> Iterator[None]:
     except Exception as error:  # every compiler has its own
         write_text(log, traceback.format_exc())
         raise CompileError(
-            f"{graph}: got {type(error).__name__} from {backend} ({_gist(error)}), want it compiled; "
+            f"{graph}: got {type(error).__name__} from {backend} ({gist(str(error))}), want it compiled; "
             f"see {log}, run the same command again once that is put right, or use another --backend or --precision"
         ) from error
 
 
-def _gist(error: Exception) -> str:
+def gist(said: str) -> str:
     """The line that says most: a compiler's first error, else the first line."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or ["it said nothing"]
+    lines = [" ".join(line.split()) for line in said.splitlines() if line.strip()] or ["it said nothing"]
     return next((line for line in lines if "error:" in line.lower()), lines[0])[:200]

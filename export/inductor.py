@@ -1,11 +1,15 @@
 """AOTInductor packages: torch.export, attention in its fastest form, weights frozen into the code on a CPU.
 
-Nobody has compiled one for a GPU yet.
+On the one GPU tried, an H200 with PyTorch 2.11.0, they compile, and crash the process that opens them.
 """
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,18 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from ..engine.errors import EnvironmentMismatch
+from ..engine.manifest import write_text
 from ..runtime.backend_gpu import gpu_index
-from ..runtime.backend_inductor import PACKAGE, WEIGHTS, load_package, memory_format
-from .failure import CompileError
+from ..runtime.backend_inductor import PACKAGE, WEIGHTS, memory_format
+from .failure import CompileError, gist
 from .job import Job
 
 # Without the first, weights are not prepacked; without the second, the thread count of the build would be built in.
 FOR_CPU: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 # Weights stay outside, for several graphs to share. What the CPU does is launch kernels: any of its family may.
 FOR_GPU: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "cpp.march": "", "cpp.simdlen": 1}
+# A package and a device are added. Where it crashes, Python says at which line.
+OPENER = (sys.executable, "-X", "faulthandler", "-m", f"{__package__}.cli_inductor")
 
 Table = dict[torch._ops.OperatorBase, Callable[..., Any]]
 
@@ -63,13 +70,37 @@ def compile_package(job: Job, folder: Path, config: dict[str, Any], table: Table
 
 def save_weights(program: torch.export.ExportedProgram, folder: Path, device: torch.device) -> None:
     """Write those that the package reads and does not hold. Graphs that read the same ones get the same bytes."""
-    package = load_package(folder / PACKAGE, device)
     known: dict[str, Any] = {**program.constants, **program.state_dict}
-    names = sorted(package.get_constant_fqns())
+    names = constant_names(folder / PACKAGE, device)
     lost = [name for name in names if not isinstance(known.get(name), Tensor)]
     if lost:
-        raise CompileError(f"{folder.name}: got constants of the compiler's own ({lost[0]}), want weights; report it")
+        raise CompileError(f"{folder.stem}: got constants of the compiler's own ({lost[0]}), want weights; report it")
     save_file({name: known[name].detach().cpu().contiguous() for name in names}, folder / WEIGHTS)
+
+
+def constant_names(package: Path, device: torch.device, opener: Sequence[str] = OPENER) -> list[str]:
+    """The weights that a package reads, sorted, as a process says that opens it: one that crashes takes its own alone.
+
+    CompileError where that process fails; what it said is in GRAPH.log, beside the folder GRAPH.work of the package.
+    """
+    folder = package.resolve().parent
+    ran = subprocess.run(
+        # Started in our own folder: Python looks for modules where it starts.
+        [*opener, package.name, str(device)],
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False,
+    )  # fmt: skip
+    if ran.returncode == 0:
+        return sorted(json.loads(ran.stdout.splitlines()[-1]))
+    log, number = folder.with_suffix(".log"), -ran.returncode
+    write_text(log, ran.stdout + ran.stderr)
+    if number > 0:
+        ended = f"killed by signal {number} ({signal.strsignal(number)})"
+    else:
+        ended = f"that failed ({gist(ran.stderr)})"
+    raise CompileError(
+        f"{folder.stem}: got a process {ended} where PyTorch {torch.__version__} opens the package, want the names of "
+        f"its weights; see {log}, and use another version of PyTorch or another backend, such as --backend tensorrt"
+    )
 
 
 def built_with() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """AOTInductor packages for a GPU: what is refused without one, how weights are shared, and, on one, that they run."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,17 +9,27 @@ import numpy as np
 import pytest
 import torch
 from bundles import build, change, command, refused
+from torch._inductor import config as inductor_config
 
 from swifti2v import Request, Session, get_profile, load_models
 from swifti2v.engine.errors import EnvironmentMismatch, ProfileError, SpecError
 from swifti2v.engine.graphs import profile_graphs
 from swifti2v.engine.manifest import Precision
 from swifti2v.export.build import build_bundle
-from swifti2v.export.inductor import FOR_CPU, FOR_GPU, compile_package, save_weights
+from swifti2v.export.failure import CompileError
+from swifti2v.export.inductor import FOR_CPU, FOR_GPU, compile_package, constant_names, save_weights
 from swifti2v.export.job import Job
 from swifti2v.export.parity import sample_feed
 from swifti2v.export.target import make_target, pick_device, pick_precision
-from swifti2v.runtime.backend_inductor import PACKAGE, WEIGHTS, InductorExecutable, arch, open_graph, precisions
+from swifti2v.runtime.backend_inductor import (
+    PACKAGE,
+    WEIGHTS,
+    InductorExecutable,
+    arch,
+    load_package,
+    open_graph,
+    precisions,
+)
 from swifti2v.runtime.backend_registry import versions_here
 from swifti2v.runtime.backend_weights import open_source
 from swifti2v.runtime.bundle import load_bundle
@@ -113,6 +124,37 @@ def test_options_mean_to_torch_what_they_should():
         assert flags("g++") != []
         assert config.aot_inductor.package_constants_in_so
         assert config.freezing
+
+
+def test_a_package_is_opened_by_another_process(tmp_path: Path):
+    """The smallest package whose weights are left out; on the CPU, where opening one works."""
+    program = torch.export.export(torch.nn.Linear(16, 24), (torch.randn(2, 16),))
+    known = {name: value for name, value in FOR_GPU.items() if name in inductor_config.get_config_copy()}
+    file = tmp_path / PACKAGE
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=known)
+    names = constant_names(file, CPU)
+    assert names == sorted(load_package(file, CPU).get_constant_fqns()) == ["bias", "weight"]
+
+
+def test_a_package_that_does_not_open_is_refused_in_one_line(tmp_path: Path):
+    file, log = tmp_path / "stage2_text.work" / PACKAGE, tmp_path / "stage2_text.log"
+    file.parent.mkdir()
+    file.write_bytes(b"no package")
+    refused(
+        lambda: constant_names(file, CPU), "stage2_text: got a process that failed (RuntimeError: ", "not a ZIP",
+        f"PyTorch {torch.__version__}", f"see {log}", "--backend tensorrt", kind=CompileError,
+    )  # fmt: skip
+    assert "Traceback" in log.read_text()
+    dies = "import os, sys; print('before', flush=True); os.kill(os.getpid(), 11)"
+    refused(
+        lambda: constant_names(file, CPU, (sys.executable, "-X", "faulthandler", "-c", dies)),
+        "stage2_text: got a process killed by signal 11 (Segmentation fault) where ", f"see {log}", kind=CompileError,
+    )  # fmt: skip
+    said = log.read_text()
+    assert "before" in said
+    assert "Fatal Python error" in said
+    says = """print('a remark'); print('["b", "a"]')"""
+    assert constant_names(file, CPU, (sys.executable, "-c", says)) == ["a", "b"]
 
 
 @pytest.mark.slow
