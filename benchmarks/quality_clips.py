@@ -90,6 +90,4 @@ def to_pixels(frames: np.ndarray) -> Tensor:
 
 
 def _config(profile: Profile, width: int, height: int, factor: int) -> ClipConfig:
-    return ClipConfig(
-        width, height, profile.frames, factor, procedural=0, colour_jitter=0, mirror=0, turn=0, swap=0, blend=0
-    )
+    return ClipConfig(width, height, profile.frames, factor, procedural=0, colour_jitter=0, mirror=0)

@@ -1,8 +1,11 @@
 """Batches for training: equal arguments give equal samples, pieces lie inside their clips, pools grow as promised."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ import torch
 
 from swifti2v.training.batches import Crops, Cuts, Pool, clip_batch, joined, mixed, stored
 from swifti2v.training.clips import ClipConfig, ClipError
-from swifti2v.training.drawing import Drawer
+from swifti2v.training.drawing import AHEAD, Drawer
 from swifti2v.training.flow import ClipBatch, LatentBatch
+from swifti2v.training.log import TrainingError
 
 CLIPS = ClipConfig(width=192, height=128, frames=9)
 
@@ -46,11 +50,13 @@ def test_a_batch_is_a_function_of_its_seed(photos):
 
 
 def test_other_processes_draw_the_same_clips_in_order(photos):
-    crops = Crops(2, 64, 32)
+    crops, asked = Crops(2, 64, 32), list[int]()
     drawer = Drawer(photos, 2)
     try:
-        ahead = drawer.ahead(CLIPS, lambda index: crops.places(CLIPS, index))
-        batches = [clip_batch(ahead(index), "cpu") for index in range(3)]
+        ahead = drawer.ahead(CLIPS, lambda index: asked.append(index) or crops.places(CLIPS, index))
+        first = clip_batch(ahead(0), "cpu")
+        assert asked == list(range(1 + AHEAD)), "later ones are being drawn"
+        batches = [first, *(clip_batch(ahead(index), "cpu") for index in (1, 2))]
     finally:
         drawer.close()
     for index, batch in enumerate(batches):
@@ -58,6 +64,46 @@ def test_other_processes_draw_the_same_clips_in_order(photos):
         assert torch.equal(batch.high, here.high)
         assert torch.equal(batch.low, here.low)
         assert batch.prompts == here.prompts
+
+
+def test_processes_that_draw_end_with_their_owner(tmp_path: Path):
+    script = tmp_path / "owner.py"
+    script.write_text("""
+import os, signal
+import numpy as np
+from swifti2v.training.clips import ClipConfig
+from swifti2v.training.drawing import Crop, Drawer
+if __name__ == "__main__":
+    drawer = Drawer([np.zeros((200, 300, 3), np.uint8)], 1)
+    drawer.ahead(ClipConfig(width=64, height=32, frames=1), lambda index: [Crop(index, (0, 0, 64, 32))])(0)
+    print(*drawer._pool._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    with (tmp_path / "out").open("w") as out:
+        ran = subprocess.run([sys.executable, script], stdout=out, timeout=60, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    process = int((tmp_path / "out").read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{process}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {process} is still there")
+
+
+def test_a_wrong_number_of_processes_and_a_lost_one_are_refused(photos):
+    with pytest.raises(TrainingError, match="--workers: got -1, want 0 or more"):
+        Drawer(photos, -1)
+    drawer = Drawer(photos, 1)
+    try:
+        ahead = drawer.ahead(CLIPS, lambda index: Crops(1, 64, 32).places(CLIPS, index))
+        ahead(0)
+        assert drawer._pool is not None
+        for process in list(drawer._pool._processes):
+            os.kill(process, signal.SIGKILL)
+        with pytest.raises(TrainingError, match="got a process that is gone"):
+            [ahead(index) for index in range(1, 9)]
+    finally:
+        drawer.close()
 
 
 def test_a_crop_larger_than_the_picture_is_refused(photos):
@@ -109,6 +155,9 @@ def test_a_resumed_pool_draws_the_same_and_makes_the_window_alone():
 def test_a_pool_of_a_share_of_the_steps_moves_on_more_slowly():
     pool = Pool(lambda index: [index], count=4, window=6, reuse=2.0, steps=100, share=0.25)
     assert pool.window(40) == range(20, 26)
+    assert [len(pool.window(step)) for step in range(6)] == [2, 3, 4, 5, 6, 6], "no step waits for a whole window"
+    short = Pool(lambda index: [index], count=4, window=64, reuse=2.0, steps=2)
+    assert short.window(50) == short.window(1), "nothing for steps that never come"
 
 
 def test_a_pool_of_groups_draws_all_their_members():
@@ -154,7 +203,7 @@ def test_mixed_batches_keep_their_shares():
 def test_joined_samples_keep_their_order():
     values = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)
     batch = LatentBatch(values.expand(2, 2, 3, 4, 4), -values.expand(2, 1, 3, 4, 4), ["1", "2"])
-    samples = stored(batch)
+    samples = stored(batch, "cpu")
     assert [tuple(sample.latents.shape) for sample in samples] == [(1, 2, 3, 4, 4)] * 2
     assert samples[0].latents.dtype == torch.float16
     with torch.autocast("cpu", torch.bfloat16):

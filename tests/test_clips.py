@@ -27,9 +27,7 @@ from swifti2v.training.motion import (
 from swifti2v.training.prompts import CANONICAL, STILL, canonical_motion, describe
 from swifti2v.training.textures import draw_texture, octaves
 
-SMALL = ClipConfig(
-    width=192, height=128, frames=9, procedural=0.0, colour_jitter=0.0, mirror=0.0, turn=0.0, swap=0.0, blend=0.0
-)
+SMALL = ClipConfig(width=192, height=128, frames=9, procedural=0.0, colour_jitter=0.0, mirror=0.0)
 BUSY = MotionOdds(moves=(0, 0.3, 0.4, 0.3), shake=0.5, sprite=1.0, light=0.7)
 
 
@@ -91,7 +89,7 @@ def test_photographs_are_blended():
     photos, config = [plain_photo(0, 0, 0), plain_photo(200, 200, 200)], replace(SMALL, frames=1, blend=0.5)
     values = [int(make_clip(photos, seed, config, Motion()).frames[0, 0, 0, 0]) for seed in range(60)]
     assert all(value in (0, 200) or 59 <= value <= 141 for value in values)
-    assert 5 <= sum(value not in (0, 200) for value in values) <= 30, "half of them, and of these half with the other"
+    assert 20 <= sum(value not in (0, 200) for value in values) <= 40, "half of them, with the other one"
 
 
 def test_the_number_of_threads_changes_nothing():

@@ -31,6 +31,22 @@ def test_the_first_step_is_the_orthogonal_gradient():
     assert torch.allclose(before - weight.detach(), 0.1 * want, atol=1e-5)
 
 
+def test_weights_of_one_shape_step_as_each_alone():
+    torch.manual_seed(0)
+    starts, gradients = torch.randn(2, 2, 4, 6).unbind(0)
+    gradients = gradients * torch.tensor([1.0, 50.0])[:, None, None]
+    together, alone = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    for weights in (together, alone):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+    Muon(together, lr=0.1).step()
+    for weight in alone:
+        Muon([weight], lr=0.1).step()
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert not torch.allclose(together[0] - starts[0], together[1] - starts[1], atol=1e-3)
+
+
 def test_which_weights_it_takes():
     module = nn.Sequential(nn.Linear(3, 4), nn.Conv3d(2, 2, 3), nn.Embedding(5, 2), nn.LayerNorm(4), nn.Conv2d(1, 1, 1))
     module[1].weight.requires_grad_(True)

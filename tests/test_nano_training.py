@@ -18,6 +18,7 @@ from swifti2v.runtime.model_paths import find_models, fit_profile
 from swifti2v.training import nano
 from swifti2v.training.batches import Crops, Cuts
 from swifti2v.training.cli import main, with_changes
+from swifti2v.training.drawing import Drawer
 from swifti2v.training.log import TrainingError, read_log
 from swifti2v.training.trainer import TrainConfig
 
@@ -78,6 +79,10 @@ def test_a_decoder_learns_by_itself(trained: Path):
     """What Stage II was trained on, the latents and their statistics, is the same to the bit."""
     before, after = (load_vae(trained / "models" / name) for name in ("vae2", "vae2-decoder"))
     assert before.config == after.config
+    with pytest.raises(TrainingError, match="vae2-decoder: got --start or --compile"):
+        nano.train_task(
+            "vae2-decoder", Drawer([]), trained / "models", nano.PHASES["vae2-decoder"], start=trained / "models"
+        )
     same = {name: torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items()}
     assert all(value for name, value in same.items() if name.startswith(("encoder.", "quant.")))
     assert not all(value for name, value in same.items() if name.startswith("decoder."))

@@ -85,7 +85,7 @@ def adapt_task(
     text = _text(models, embeddings, train.device, (small.dit.text_len, small.dit.text_dim))
     clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
     crops = config.crops or Crops(train.batch, big.width, big.height)
-    samples, drawer = Samples(crops, config.window, config.reuse), Drawer(photos)
+    samples, drawer = Samples(crops, config.window, config.reuse), Drawer(photos, device=train.device)
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
     settings |= {"clips": asdict(clips), "photos": photos_hash(photos)}
     settings["text"] = fingerprint(embeddings or models / "text")
@@ -98,7 +98,8 @@ def adapt_task(
         if config.expert is not None:
             levels = ExpertLevels(**asdict(learned.levels), boundary=boundary, expert=config.expert)
             learned = replace(learned, levels=levels)
-        batch = latent_pool(drawer, clips, samples, train, lambda clip, _: stage1_batch(vae1, clip, images), "sample")
+        learn = lambda clip, _: stage1_batch(vae1, clip, images)  # noqa: E731
+        batch = latent_pool(drawer, clips, samples, train, learn, "cpu", "sample")
         return _adapted(Stage1Task(dit, text, batch, learned, **settings), config)
     transition = config.stage2.transition
     entries = _transition_entries(folder, transition, boundary)
@@ -115,7 +116,7 @@ def adapt_task(
     one = StageOne(dits.get("stage1"), text, folder.vae("vae1"), dits.get("stage1_low"), limit, images)
     vae2, dit = folder.vae("vae2"), folder.dit("stage2")
     learn = lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed)  # noqa: E731
-    batch = latent_pool(drawer, clips, samples, train, learn, "sample")
+    batch = latent_pool(drawer, clips, samples, train, learn, "cpu", "sample")
     return _adapted(Stage2Task(dit, text, batch, config.stage2, **settings), config)
 
 

@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .clips import ClipConfig
-from .drawing import Crop, Drawer, Drawn
+from .drawing import Crop, Drawer, Drawn, Photos
 from .flow import ClipBatch, LatentBatch
 from .trainer import TrainConfig, autocast, step_seed
 
 Made = TypeVar("Made")
-Photos = Sequence[np.ndarray]
 POOL_AHEAD = 50  # steps for which a pool makes samples before they are asked for
 
 
@@ -100,7 +98,8 @@ class Pool(Generic[Made]):
 
     def window(self, step: int) -> range:
         """The groups that step `step` draws from."""
-        start = int(min(step, self._steps - 1) * self._pace)
+        step = min(step, self._steps - 1)
+        start = int(step * self._pace)
         return range(start, start + min(self._window, 2 + step))
 
     def __call__(self, step: int, seed: int) -> list[Made]:
@@ -189,23 +188,20 @@ def latent_pool(
     item: Samples,
     train: TrainConfig,
     learn: Callable[[ClipBatch, int], LatentBatch],
+    keep: str,
     *names: int | str,
 ) -> Callable[[int, int], LatentBatch]:
-    """Batches from a pool of encoded clips; `learn(clips, seed)` encodes a group."""
-    drawn = sample_pool(drawer, config, item, train, lambda clips, seed: stored(learn(clips, seed)), *names)
+    """Batches from a pool of encoded clips; `learn(clips, seed)` encodes a group, the device `keep` holds it."""
+    drawn = sample_pool(drawer, config, item, train, lambda clips, seed: stored(learn(clips, seed), keep), *names)
     return lambda step, seed: joined(drawn(step, seed), train.device)
 
 
-def stored(batch: LatentBatch) -> list[LatentBatch]:
+def stored(batch: LatentBatch, device: str) -> list[LatentBatch]:
     """The samples of a batch as a pool keeps them: in half precision; image tokens in fp32, as CLIP's have outliers."""
-    tokens = None if batch.image_tokens is None else batch.image_tokens.float()
+    latents, channels = batch.latents.half().to(device), batch.channels.half().to(device)
+    tokens = None if batch.image_tokens is None else batch.image_tokens.float().to(device)
     return [
-        LatentBatch(
-            batch.latents[i : i + 1].half(),
-            batch.channels[i : i + 1].half(),
-            [prompt],
-            None if tokens is None else tokens[i : i + 1],
-        )
+        LatentBatch(latents[i : i + 1], channels[i : i + 1], [prompt], None if tokens is None else tokens[i : i + 1])
         for i, prompt in enumerate(batch.prompts)
     ]
 

@@ -117,7 +117,8 @@ def _pack(options: argparse.Namespace) -> None:
 
 def _nano(options: argparse.Namespace) -> None:
     name, phase = options.phase, PHASES[options.phase]
-    phase = replace(phase, train=replace(_train_config(options, phase.train), timed=options.finish))
+    train_config = _train_config(options, phase.train)
+    phase = replace(phase, train=replace(train_config, timed=train_config.timed or options.finish))
     if options.transition is not None:
         if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
@@ -190,7 +191,8 @@ def _train(task: Task, config: TrainConfig, folder: Path) -> bool:
 
     done = train(task, config, folder, show)
     if done < config.steps:
-        print(f"{folder}: {done} of {config.steps} steps done; the same command goes on", file=sys.stderr)
+        after = "the time is up" if config.timed else "the same command goes on"
+        print(f"{folder}: {done} of {config.steps} steps done; {after}", file=sys.stderr)
     return done == config.steps
 
 

@@ -35,10 +35,10 @@ class ClipConfig:
     procedural: float = 0.15  # clips over a procedural texture; all, where there are no photographs
     colour_jitter: float = 0.12  # per channel, relative; 0 for evaluation
     mirror: float = 0.5  # photographs seen in the mirror; 0 for evaluation
-    # A few photographs, seen many times, are learned by heart unless they keep changing; all 0 for evaluation.
-    turn: float = 0.5  # upside down
-    swap: float = 0.5  # with its colour channels exchanged
-    blend: float = 0.25  # of a photograph with another one
+    # For models trained from nothing: a few photographs, seen many times, are learned by heart unless they change.
+    turn: float = 0.0  # upside down
+    swap: float = 0.0  # with its colour channels exchanged
+    blend: float = 0.0  # of a photograph with another one
     odds: MotionOdds = field(default_factory=MotionOdds)
 
     def __post_init__(self) -> None:
@@ -144,27 +144,31 @@ def _picture(
     else:
         if number == avoid:
             number = (number + 1) % len(photos)
-        photo = photos[number]
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ClipError(f"photo {number}: got {photo.dtype} {photo.shape}, want uint8 (h, w, 3); convert it")
-        texels = to_texels(photo, device)
+        texels = _photo(photos, number, device)
         if draws.chance(config.mirror):
             texels = texels.flip(3)
-        texels = _changed(texels, photos, config, draws)
+        texels = _changed(texels, photos, number, config, draws)
     jitter = 1 + config.colour_jitter * (2 * draws.grid(3, 1, 1) - 1)
     return (texels * torch.from_numpy(jitter).to(device)).clamp_(max=1), number
 
 
-def _changed(texels: Tensor, photos: Sequence[np.ndarray], config: ClipConfig, draws: Draws) -> Tensor:
-    """A photograph fp32 [1, 3, h, w] turned, recoloured, blended; what the configuration never does draws nothing."""
+def _photo(photos: Sequence[np.ndarray], number: int, device: torch.device) -> Tensor:
+    photo = photos[number]
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        raise ClipError(f"photo {number}: got {photo.dtype} {photo.shape}, want uint8 (h, w, 3); convert it")
+    return to_texels(photo, device)
+
+
+def _changed(texels: Tensor, photos: Sequence[np.ndarray], number: int, config: ClipConfig, draws: Draws) -> Tensor:
+    """Photograph `number`, fp32 [1, 3, h, w], turned, recoloured, blended; what is never done draws nothing."""
     if config.turn and draws.chance(config.turn):
         texels = texels.flip(2)
     if config.swap and draws.chance(config.swap):
         order = list(range(3))
         channels = [order.pop(draws.below(len(order))) for _ in range(3)]
         texels = texels[:, channels]
-    if config.blend and draws.chance(config.blend):
-        other = to_texels(photos[draws.below(len(photos))], texels.device)
+    if config.blend and len(photos) > 1 and draws.chance(config.blend):
+        other = _photo(photos, (number + 1 + draws.below(len(photos) - 1)) % len(photos), texels.device)
         other = F.interpolate(other, texels.shape[2:], mode="bilinear", align_corners=False)
         texels = texels.lerp(other, draws.uniform(0.3, 0.7))
     return texels

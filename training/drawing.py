@@ -1,7 +1,12 @@
 """Clips drawn here or by processes beside this one: a GPU learns from them faster than one core draws them."""
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .clips import ClipConfig, make_clip
+from .log import TrainingError
 
 Photos = Sequence[np.ndarray]
 AHEAD = 3  # batches of clips that are being drawn before they are asked for
@@ -34,28 +40,36 @@ class Drawn:
 
 
 class Drawer:
-    """Draws clips over photographs: as they are asked for, or ahead of that in `workers` processes."""
+    """Draws clips over photographs: as they are asked for, on `device`, or ahead of that in `workers` processes.
 
-    def __init__(self, photos: Photos, workers: int = 0) -> None:
-        self.photos = photos
+    TrainingError for fewer than no processes, and where one of them is gone.
+    """
+
+    def __init__(self, photos: Photos, workers: int = 0, device: str = "cpu") -> None:
+        if workers < 0:
+            raise TrainingError(f"--workers: got {workers}, want 0 or more; 0 draws in this process")
+        self.photos, self.device = photos, device
         self._pool = None
         if workers:
             context = get_context("forkserver")
             context.set_forkserver_preload([__name__])  # importing torch once, not in each
-            self._pool = ProcessPoolExecutor(workers, context, _start, (photos,))
-            self._pool.submit(int)  # they start now, not when the first clip is asked for
+            self._pool = ProcessPoolExecutor(workers, context, _start, (photos, os.getpid()))
 
     def ahead(self, config: ClipConfig, crops: Callable[[int], Sequence[Crop]]) -> Callable[[int], list[Drawn]]:
         """Batch `index` of clips, `crops(index)` saying which; batches are asked for in order."""
         if self._pool is None:
-            return lambda index: [_draw(self.photos, config, crop) for crop in crops(index)]
+            return lambda index: [_draw(self.photos, config, crop, self.device) for crop in crops(index)]
         pool, under_way = self._pool, dict[int, list[Future[_Sent]]]()
 
         def take(index: int) -> list[Drawn]:
-            for number in range(index, index + 1 + AHEAD):
-                if number not in under_way:
-                    under_way[number] = [pool.submit(_send, config, crop) for crop in crops(number)]
-            return [_receive(future.result()) for future in under_way.pop(index)]
+            try:
+                for number in range(index, index + 1 + AHEAD):
+                    if number not in under_way:
+                        under_way[number] = [pool.submit(_send, config, crop) for crop in crops(number)]
+                return [_receive(future.result()) for future in under_way.pop(index)]
+            except BrokenProcessPool as error:
+                want = "want all of them; use fewer --workers if memory ran out, and resume"
+                raise TrainingError(f"drawing of clips: got a process that is gone, {want}") from error
 
         return take
 
@@ -65,18 +79,30 @@ class Drawer:
             self._pool.shutdown(cancel_futures=True)
 
 
-_Sent = tuple[np.ndarray, np.ndarray, str]
+_Sent = tuple[np.ndarray, np.ndarray, str]  # arrays: tensors would travel as files of shared memory
 
 
-def _draw(photos: Photos, config: ClipConfig, crop: Crop) -> Drawn:
-    clip = make_clip(photos, crop.seed, config, crop=crop.box)
+def _draw(photos: Photos, config: ClipConfig, crop: Crop, device: str = "cpu") -> Drawn:
+    clip = make_clip(photos, crop.seed, config, crop=crop.box, device=device)
     return Drawn(clip.frames, clip.low, clip.prompt)
 
 
-def _start(photos: Photos) -> None:
+def _start(photos: Photos, owner: int) -> None:
+    """In a process that draws: Ctrl-C is for its owner alone, whose end it does not outlive."""
     global _photos  # noqa: PLW0603  # a process that draws has nothing else
     _photos = photos
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int) -> None:
+    while True:
+        try:
+            os.kill(owner, 0)  # is it there?
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(1)
 
 
 def _send(config: ClipConfig, crop: Crop) -> _Sent:

@@ -5,7 +5,7 @@ vae1 and vae2, then stage1 (needs vae1), stage2 (needs all), and vae2-decoder (n
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .clips import ClipConfig
 from .decoder import DecoderConfig, DecoderTask, decoder_samples
 from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
+from .log import TrainingError
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
@@ -35,10 +36,11 @@ from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 ODDS = MotionOdds(
     moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
 )
-CLIPS = ClipConfig(odds=ODDS)  # 512x320, 33 frames, low resolution 128x80: the grids of `nano`
+# 512x320, 33 frames, low resolution 128x80: the grids of `nano`.
+CLIPS = ClipConfig(turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
 # Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
-LOW_CLIPS = ClipConfig(width=256, height=160, low_factor=2, odds=ODDS)
-STATISTICS_BATCHES = 8  # over which a finished VAE's latents are measured
+LOW_CLIPS = replace(CLIPS, width=256, height=160, low_factor=2)
+STATISTICS_BATCHES, STATISTICS_STRIDE = 8, 8  # of a finished VAE's latents; steps between batches, for other clips
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ class DecoderPhase:
     train: TrainConfig
     samples: Samples
     config: DecoderConfig
-    after: str  # the phase whose finished VAE it begins with
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ PHASES: dict[str, Phase] = {
         TrainConfig(1000, 24, lr=1e-3, muon=0.005, warmup=50, ema=0.99, save_every=500, bf16=True),
         Samples(Crops(24, 192, 128), 96, 12.0, group=16),
         DecoderConfig(STAGE2),
-        after="vae2",
     ),
 }
 
@@ -114,8 +114,8 @@ def train_task(
     """
     train = phase.train
     begin = None if start is None else start / name
-    if isinstance(phase, DecoderPhase) and begin is None:
-        begin = models / phase.after
+    if isinstance(phase, DecoderPhase) and (start is not None or compiled):
+        raise TrainingError(f"{name}: got --start or --compile, want neither: it begins with vae2; leave them out")
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
     settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(_clips(phase))}
@@ -132,9 +132,8 @@ def train_task(
     if isinstance(phase, DitPhase):
         settings["samples"] = [asdict(item) for item in phase.samples]
         return _dit_task(name, drawer, models, phase, begin, compiled, settings)
-    assert begin is not None
     settings["samples"] = asdict(phase.samples)
-    vae = load_vae(begin, dtype=torch.float32, device=train.device)
+    vae = load_vae(models / "vae2", dtype=torch.float32, device=train.device)
     vae.decoder.requires_grad_(True)
     vae.post_quant.requires_grad_(True)
     one, dit = _stage_one(models, train.device), load_dit(models / "stage2", dtype=torch.float32, device=train.device)
@@ -181,7 +180,7 @@ def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) 
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
     profile = get_profile("nano")
     if isinstance(phase, DecoderPhase):
-        vae = load_vae(models / phase.after, dtype=torch.float32)  # with the statistics of its latents
+        vae = load_vae(models / "vae2", dtype=torch.float32)  # with the statistics of its latents
         load_ema(folder / name, {"vae": vae})
         ship(vae, models / name)
         return
@@ -189,7 +188,7 @@ def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) 
         vae = VAE(_stage(phase).vae)
         load_ema(folder / name, {"vae": vae})
         make = _videos(f"{name}/statistics", drawer, phase)
-        steps = range(0, 8 * STATISTICS_BATCHES, 8)  # later ones draw from more clips
+        steps = [STATISTICS_STRIDE * batch for batch in range(STATISTICS_BATCHES)]
         videos = (make(step, step_seed(phase.train.seed, "statistics", step)) for step in steps)
         ship(finished(vae.to(phase.train.device), videos), models / name)
         return
@@ -231,6 +230,7 @@ def _pools(
 ) -> Callable[[int, int], LatentBatch]:
     """Batches from one pool for each size of samples; `learn(clips, seed)` encodes a group."""
     pools = [
-        latent_pool(drawer, _clips(phase), item, phase.train, learn, name, item.crops.width) for item in phase.samples
+        latent_pool(drawer, _clips(phase), item, phase.train, learn, phase.train.device, name, item.crops.width)
+        for item in phase.samples
     ]
     return mixed(pools, [item.share for item in phase.samples])

@@ -1,7 +1,7 @@
 """One loop for every training: AdamW, a cosine schedule, EMA, one checkpoint file, a log and a loss curve.
 
 A step is a function of its number and the seed alone, so a run that was interrupted and resumed is the same run: on the
-CPU bit by bit, on a GPU up to the order in which its kernels add.
+CPU bit by bit, on a GPU up to the order in which its kernels add. A `timed` run is not: its clock is that of each call.
 """
 
 import hashlib
