@@ -22,8 +22,7 @@ run() { # PHASE WORKERS MINUTES
 }
 
 (run vae1 5 "${VAE1:-2.3}" && run stage1 6 "${STAGE1:-2.4}") &
-first=$!
-trap 'kill $first 2>/dev/null' EXIT
-run vae2 6 "${VAE2:-4.8}" || exit 1
-wait $first || exit 1
+run vae2 6 "${VAE2:-4.8}"
+code=$?
+wait $! && [ $code = 0 ] || exit 1
 run stage2 14 "${STAGE2:-7.2}" && run vae2-decoder 14 "${DECODER:-1.6}"
