@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from stage_clips import FRAMES, clips, stage_one
 from torch import Tensor, nn
 
 from swifti2v.engine.calls import Executables, dit_conditions
@@ -21,27 +22,13 @@ from swifti2v.engine.stage1 import expert_of, image_condition, run_stage1
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.runtime.backend_eager import open_eager
-from swifti2v.training.decoder import DecoderConfig, DecoderTask, decoder_samples
-from swifti2v.training.flow import ClipBatch, Expert, ExpertLevels, NoiseLevels, dit_velocity, encode_clip, few_steps
+from swifti2v.training.flow import Expert, ExpertLevels, NoiseLevels, dit_velocity, encode_clip, few_steps
 from swifti2v.training.log import TrainingError
 from swifti2v.training.stage1 import Stage1Config, Stage1Task, first_frame_condition, stage1_batch
 from swifti2v.training.stage2 import Stage2Config, Stage2Task, draw_plan, stage2_batch
 from swifti2v.training.transition import StageOne, TransitionConfig, hybrid_reference, transit
-from swifti2v.training.vae import reconstruct
 
-FRAMES = 21
 BOUNDARY = 0.9
-
-
-def clips(step: int, seed: int, count: int = 2) -> ClipBatch:
-    """Drifting sine waves, high 64x128 and low 16x32, a function of (step, seed)."""
-    generator = torch.Generator().manual_seed(1000 * step + seed)
-    phase = torch.rand(count, 3, 1, 1, 1, generator=generator) * 6
-    t = torch.arange(FRAMES).view(1, 1, -1, 1, 1) * 0.3
-    y, x = torch.arange(64).view(1, 1, 1, -1, 1) * 0.2, torch.arange(128).view(1, 1, 1, 1, -1) * 0.1
-    high = torch.sin(phase + t + y + x) * 0.8
-    low = high.unflatten(4, (32, 4)).unflatten(3, (16, 4)).mean(dim=(4, 6))  # [B, 3, T, 16, 4, 32, 4] -> [.., 16, 32]
-    return ClipBatch(high, low, ["camera pans left", "zoom in"][:count])
 
 
 @pytest.fixture
@@ -58,14 +45,6 @@ def parts(tiny: Profile, make_modules):
     for name in ("stage1", "stage2"):
         modules[name].requires_grad_(True)
     return {**modules, "words": words}
-
-
-def stage_one(parts: dict[str, nn.Module]) -> StageOne:
-    dit, words, vae = parts["stage1"], parts["words"], parts["vae1"]
-    assert isinstance(dit, DiT)
-    assert isinstance(words, WordEncoder)
-    assert isinstance(vae, VAE)
-    return StageOne(dit, words, vae)
 
 
 def stage1_task(one: StageOne, **config) -> Stage1Task:
@@ -385,43 +364,3 @@ def test_transition_without_the_expert_it_reaches_is_refused(two: StageOne):
     transit(low, clips(0, 0), never_high, torch.Generator().manual_seed(0))
     with pytest.raises(TrainingError, match="got no Stage I for noise levels"):
         transit(low, clips(0, 0), high, torch.Generator().manual_seed(0))
-
-
-def test_a_decoder_learns_from_what_stage_two_makes(parts):
-    """The anchor is the image's own block; every other one is made, unless the share of those is none."""
-    one, (dit, vae), batch = stage_one(parts), (parts["stage2"], parts["vae2"]), clips(0, 3)
-    truth = encode_clip(vae, batch.high)
-    made, plain = (decoder_samples(one, dit, vae, batch, DecoderConfig(Stage2Config(), made=n), 7) for n in (1.0, 0.0))
-    for i, (latents, pixels) in enumerate(plain):
-        assert torch.equal(latents, truth[i : i + 1].half())
-        assert torch.equal(pixels, batch.high[i : i + 1].half())
-    for i, (latents, _) in enumerate(made):
-        assert torch.equal(latents[:, :, 0], truth[i : i + 1, :, 0].half())
-        assert all(error(latents[:, :, b].float(), truth[i : i + 1, :, b]) > 1e-3 for b in range(1, latents.shape[2]))
-    again = decoder_samples(one, dit, vae, batch, DecoderConfig(Stage2Config(), made=1.0), 7)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(made, again, strict=True)), "a function of the seed"
-
-
-def test_a_piece_of_latents_has_its_own_pixels(parts):
-    """With the whole width as a piece the loss is that of decoding the clip."""
-    vae, batch = parts["vae2"], clips(0, 3)
-    latents = encode_clip(vae, batch.high)
-    samples = list(zip(latents.split(1), batch.high.split(1), strict=True))
-    task = DecoderTask(vae, lambda *_: samples, DecoderConfig(Stage2Config(), side=8))
-    with torch.no_grad():
-        _, terms = task.loss(0, 0)
-        pieces = [error_of_pieces(vae, *sample) for sample in samples]
-    low, high = min(min(p) for p in pieces), max(max(p) for p in pieces)
-    assert low <= terms["pixel"].item() <= high
-
-
-def error_of_pieces(vae: VAE, latents: Tensor, video: Tensor) -> list[float]:
-    """Mean absolute error of every piece of 8 cells, decoded by itself."""
-    scale, (height, width) = vae.config.spatial, latents.shape[3:]
-    errors = []
-    for y in range(max(1, height - 7)):
-        for x in range(max(1, width - 7)):
-            pixels = reconstruct(vae, latents[..., y : y + 8, x : x + 8] * vae.std + vae.mean)
-            truth = video[..., scale * y : scale * (y + 8), scale * x : scale * (x + 8)]
-            errors.append((pixels - truth).abs().mean().item())
-    return errors
