@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from .errors import ProfileError
 from .segments import plan_segments
 
+MOST_FRAMES = 1_000_001  # over half a day at 16 frames a second: more is a slip, and its plan would fill the memory
 Context = Literal["both", "one-way"]
 Positions = Literal["absolute", "window"]
 Stage2Init = Literal["noise", "reference"]
@@ -255,9 +256,10 @@ def check_profile(profile: Profile) -> None:
         raise ProfileError(f"noisy blocks per segment: got {profile.noisy}, want 1 or more; the nearest is 1")
     if profile.neighbours < 0:
         raise ProfileError(f"neighbour blocks: got {profile.neighbours}, want 0 or more; the nearest is 0")
-    if profile.frames < fewest or (profile.frames - 1) % step:
-        near = max(fewest, nearest_multiple(max(profile.frames - 1, 1), step) + 1)
-        raise ProfileError(f"frames: got {profile.frames}, want {step}k+1 and at least {fewest}; the nearest is {near}")
+    if not fewest <= profile.frames <= MOST_FRAMES or (profile.frames - 1) % step:
+        near = max(fewest, nearest_multiple(max(min(profile.frames, MOST_FRAMES) - 1, 1), step) + 1)
+        bounds = f"at least {fewest}" if profile.frames <= MOST_FRAMES else f"at most {MOST_FRAMES:,}"
+        raise ProfileError(f"frames: got {profile.frames}, want {step}k+1 and {bounds}; the nearest is {near}")
     plan_segments(profile.blocks, profile.noisy, profile.neighbours)
     if stage2.width % stage1.width or stage2.width * stage1.height != stage1.width * stage2.height:
         raise ProfileError(

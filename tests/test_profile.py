@@ -63,6 +63,8 @@ def test_overrides():
         ({"frames": 83}, "the nearest is 8"),
         ({"frames": 5}, "at least 13; the nearest is 13"),
         ({"frames": -3}, "the nearest is 13"),
+        ({"frames": 4 * 10**15 + 1}, "at most 1,000,001; the nearest is 1000001"),
+        ({"frames": 10**30}, "at most 1,000,001; the nearest is 1000001"),
         ({"size": (2000, 1408)}, "multiples of 64; the nearest is 1984x1408"),
         ({"size": (0, 0)}, "the nearest is 64x64"),
         ({"noisy": 0}, "the nearest is 1"),
