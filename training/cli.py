@@ -124,7 +124,7 @@ def _nano(options: argparse.Namespace) -> None:
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
         phase = replace(phase, config=with_transition(phase.config, options.transition))
     models = options.models or options.out / "models"
-    drawer = Drawer(_photos(options), options.workers)
+    drawer = Drawer(_photos(options), options.workers, options.device)
     try:
         task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start)
         if _train(task, phase.train, options.out / name) or options.finish:
