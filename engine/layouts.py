@@ -121,6 +121,8 @@ def vae_names(checkpoint: Iterable[str], source: str) -> dict[str, str]:
 def vae_modules(stages: int, res_blocks: int, nested: bool) -> list[tuple[str, str, str]]:
     """Every module with weights as (ours, original, diffusers). Wan2.2 nests stages; Wan2.1 counts layers through."""
     rows = [("quant", "conv1", "quant_conv"), ("post_quant", "conv2", "post_quant_conv")]
+    ours_alone = [f"{side}.linear.{part}" for side in ("encoder", "decoder") for part in ("first", "next")]
+    rows += [(name, name, name) for name in ours_alone]
     for side, way in (("encoder", "down"), ("decoder", "up")):
         rows += [(f"{side}.conv_in", f"{side}.conv1", f"{side}.conv_in")]
         rows += [(f"{side}.norm_out", f"{side}.head.0", f"{side}.norm_out")]
@@ -237,6 +239,7 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> VAECon
         temporal=tuple(any(n.startswith(f"encoder.stages.{i}.resample.time_conv.") for n in shapes) for i in downs),
         patch=patch,
         residual=up[0] == up[1],
+        linear="encoder.linear.first.weight" in shapes,
     )
     # diffusers writes its default scale factors whatever the model; they follow from the rest.
     stated = {key: value for key, value in vae_config_json(found).items() if not key.startswith("scale_factor")}
@@ -263,6 +266,7 @@ def vae_config_json(config: VAEConfig) -> dict[str, Any]:
         "patch_size": config.patch if config.patch > 1 else None,
         "scale_factor_temporal": config.time,
         "scale_factor_spatial": config.spatial,
+        **({"linear": True} if config.linear else {}),
     }
 
 

@@ -59,6 +59,7 @@ class VAEConfig:
     temporal: tuple[bool, ...] = (False, True, True)  # which down-samplings of the encoder also halve time
     patch: int = 1
     residual: bool = False
+    linear: bool = False  # a linear map between the pixels and the channels of a cell, beside the network
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.latent_channels:

@@ -17,6 +17,8 @@ from .vae_layers import (
     CausalConv,
     ChannelNorm,
     Down,
+    LinearDecoder,
+    LinearEncoder,
     Middle,
     ResBlock,
     Tape,
@@ -93,6 +95,7 @@ class Encoder(nn.Module):
         self.middle = Middle(widths[-1])
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels)
+        self.linear = LinearEncoder(config.latent_channels, config.spatial, config.time) if config.linear else None
         # Stages before the first change of frame rate hold the large tensors.
         self.framewise = next((i for i, t in enumerate(config.temporal) if t), len(self.stages))
 
@@ -110,7 +113,11 @@ class Encoder(nn.Module):
         x = frame_by_frame(run_early, patchify(pixels, self.patch), tape, slots, area)
         for stage in self.stages[self.framewise :]:
             x = stage(x, tape)
-        return self.conv_out.after_norm(self.middle(x, tape), self.norm_out, tape)
+        x = self.conv_out.after_norm(self.middle(x, tape), self.norm_out, tape)
+        if self.linear is None:
+            return x
+        mean, spread = x.chunk(2, dim=1)  # 2 x [B, z, T', h, w]
+        return torch.cat((mean + self.linear(pixels, tape.first), spread), dim=1)
 
 
 class Decoder(nn.Module):
@@ -130,6 +137,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = CausalConv(widths[-1], 3 * config.patch**2)
+        self.linear = LinearDecoder(config.latent_channels, config.spatial, config.time) if config.linear else None
         # Stages after the last change of frame rate hold the large tensors.
         changes = [i for i, t in enumerate(reversed(config.temporal)) if t]
         self.framewise = changes[-1] + 1 if changes else 0
@@ -149,7 +157,8 @@ class Decoder(nn.Module):
             return unpatchify(y, self.patch)
 
         area = latents.shape[3] * latents.shape[4] * self.spatial**2
-        return frame_by_frame(run_late, x, tape, slots, area)
+        pixels = frame_by_frame(run_late, x, tape, slots, area)
+        return pixels if self.linear is None else pixels + self.linear(latents, tape.first)
 
 
 class VAE(nn.Module):

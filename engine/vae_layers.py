@@ -238,6 +238,46 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
+def to_cells(pixels: Tensor, spatial: int, time: int) -> Tensor:
+    """[B, C, T*time, H*spatial, W*spatial] -> [B, time*C*spatial*spatial, T, H, W]: all pixels of a latent cell."""
+    x = patchify(pixels, spatial).unflatten(2, (-1, time))  # [B, C*s*s, T, time, H, W]
+    return x.permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
+
+
+def from_cells(x: Tensor, spatial: int, time: int) -> Tensor:
+    """[B, time*C*spatial*spatial, T, H, W] -> [B, C, T*time, H*spatial, W*spatial]; the inverse of to_cells."""
+    x = x.unflatten(1, (time, -1)).permute(0, 2, 3, 1, 4, 5)  # [B, C*s*s, T, time, H, W]
+    return unpatchify(x.flatten(2, 3), spatial)
+
+
+class LinearEncoder(nn.Module):
+    """Pixels to channels of their latent cell, without looking around; the first block is one frame."""
+
+    def __init__(self, channels: int, spatial: int, time: int) -> None:
+        super().__init__()
+        self.spatial, self.time = spatial, time
+        self.first = nn.Conv3d(3 * spatial**2, channels, 1)
+        self.next = nn.Conv3d(3 * spatial**2 * time, channels, 1)
+
+    def forward(self, pixels: Tensor, first: bool) -> Tensor:
+        time, layer = (1, self.first) if first else (self.time, self.next)
+        return layer(to_cells(pixels, self.spatial, time))
+
+
+class LinearDecoder(nn.Module):
+    """The way back: channels of a latent cell to its pixels."""
+
+    def __init__(self, channels: int, spatial: int, time: int) -> None:
+        super().__init__()
+        self.spatial, self.time = spatial, time
+        self.first = nn.Conv3d(channels, 3 * spatial**2, 1)
+        self.next = nn.Conv3d(channels, 3 * spatial**2 * time, 1)
+
+    def forward(self, latents: Tensor, first: bool) -> Tensor:
+        time, layer = (1, self.first) if first else (self.time, self.next)
+        return from_cells(layer(latents), self.spatial, time)
+
+
 def frame_by_frame(run: Callable[[Tensor, Tape], Tensor], x: Tensor, tape: Tape, slots: int, pixels: int) -> Tensor:
     """Run layers that keep the frame rate a few frames at a time: the same values, and memory for those alone.
 

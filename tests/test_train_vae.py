@@ -29,6 +29,7 @@ from swifti2v.training.vae import (
 )
 
 FORMS = {"wan21": get_profile("tiny").stage1.vae, "wan22": get_profile("tiny").stage2.vae}
+FORMS["linear"] = replace(FORMS["wan22"], linear=True)
 
 
 def clip(step: int, seed: int, frames: int = 9, height: int = 32, width: int = 48) -> Tensor:
