@@ -1,6 +1,7 @@
 """diffusers' modules beside ours, where ours has what they have not."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from swifti2v.engine.vae import VAE
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_a_peer_computes_the_network_beside_linear_maps(direction: str):
+def test_a_peer_computes_the_network_beside_linear_maps(direction: Literal["encode", "decode"]):
     """Both stages get them, so that our own result must not be what the peer's is compared with."""
     profile = get_profile("tiny").override(frames=13)
     stage = profile.stage2

@@ -27,8 +27,9 @@ QUICK = ["--set", "steps=2", "--set", "log_every=1", "--set", "warmup=1", "--thr
 
 @pytest.fixture(scope="module")
 def small_phases() -> Iterator[None]:
-    """The same phases on small samples, so that a step takes a second."""
-    phases = dict(nano.PHASES)
+    """The same phases on small samples, so that a step takes a second, as do the statistics of a VAE."""
+    phases, pieces = dict(nano.PHASES), nano.STATISTICS_PIECES
+    nano.STATISTICS_PIECES = 8  # type: ignore[misc]
     for name, phase in phases.items():
         one = replace(phase.train, batch=1)
         width, height = (128, 64) if name in ("stage2", "vae2-decoder") else (64, 32)
@@ -41,6 +42,7 @@ def small_phases() -> Iterator[None]:
             nano.PHASES[name] = replace(phase, train=one, samples=(samples,))
     yield
     nano.PHASES.update(phases)
+    nano.STATISTICS_PIECES = pieces  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +100,54 @@ def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
         before, after = (load(folder / name, dtype=torch.float32) for folder in (start, tmp_path / "models"))
         for a, b in zip(before.parameters(), after.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-2, atol=1e-6)
-    main(["nano", "vae2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])  # done: does nothing
+    again = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0", "--start", str(start)]
+    main(again)  # done: does nothing
     shutil.copytree(start / "vae1", tmp_path / "models" / "vae2", dirs_exist_ok=True)
     with pytest.raises(SystemExit):  # on the latents of another VAE it would be another run
         main(["nano", "stage2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])
+
+
+def test_latents_of_a_linear_vae_resemble_known_ones(trained: Path, tmp_path: Path, capsys):
+    """What follows is trained on it as on any other, whatever the profile says."""
+    models = trained / "models"
+    linear = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--linear"]
+    main([*linear, "--like", str(models)])
+    made = load_vae(tmp_path / "models" / "vae2")
+    assert made.config.linear
+    assert made.config.decoder_dim < load_vae(models / "vae2").config.decoder_dim
+    for name in ("vae1", "stage1", "text", "stage2"):
+        shutil.copytree(models / name, tmp_path / "models" / name)
+    main(["nano", "vae2-decoder", "-o", str(tmp_path), *QUICK])
+    after = load_vae(tmp_path / "models" / "vae2-decoder")
+    assert all(torch.equal(value, after.state_dict()[k]) for k, value in made.state_dict().items() if ".linear." in k)
+    for wrong in (
+        linear,  # other maps are another run
+        [*linear, "--start", str(models)],
+        ["nano", "vae1", "-o", str(tmp_path), *QUICK, "--like", str(models)],
+        ["nano", "stage1", "-o", str(tmp_path), *QUICK, "--linear"],
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    said = capsys.readouterr().err
+    for words in ("task.maps", "vae2: got --like or --start", "vae1: got --like or --start", "stage1: got --linear"):
+        assert words in said
+
+
+def test_a_step_of_more_or_fewer_clips():
+    """Samples of another size, of which a step has fewer, follow; and a group is never more than a step."""
+    samples = (
+        nano.Samples(Crops(48, 192, 128), 192, 20.0, 0.8, 16),
+        nano.Samples(Crops(12, 384, 256), 48, 20.0, 0.2, 4),
+    )
+    stage2 = nano.with_batch(nano.DitPhase(TrainConfig(1, 48), samples, nano.STAGE2), 8)
+    assert isinstance(stage2, nano.DitPhase)
+    assert [(item.crops.count, item.group) for item in stage2.samples] == [(8, 8), (2, 2)]
+    vae = nano.VaePhase(
+        TrainConfig(1, 64), nano.Samples(Crops(64, 256, 160), 128, 48.0, group=8), Cuts(64, 48, 33), True
+    )
+    fewer = nano.with_batch(vae, 4)
+    assert isinstance(fewer, nano.VaePhase)
+    assert (fewer.train.batch, fewer.samples.crops.count, fewer.cuts.count) == (4, 4, 4)
 
 
 def test_an_ablation_trains_on_perfect_references(trained: Path, tmp_path: Path, capsys):

@@ -3,26 +3,29 @@
 #   training/all_phases.sh PHOTOS_DIR OUT
 # Needs python3 with torch, numpy, pillow and safetensors, and about 16 cores to draw clips. Phases that do not need each
 # other run at the same time. Each ends by the clock: VAE1, STAGE1, VAE2, STAGE2 and DECODER are their minutes, none
-# over 9. OUT/models gets the averaged weights, OUT/NAME.log and OUT/NAME/log.jsonl are logs; exits with 1 if one fails.
+# over 9; VAE_FLAGS=--linear makes VAEs with linear maps. OUT/models gets the averaged weights, OUT/NAME.log and
+# OUT/NAME/log.jsonl are logs; exits with 1 if one fails.
 set -u
 photos=$1 out=$2
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$root/.typing${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out"
 
-run() { # PHASE WORKERS MINUTES
-  python3 -m swifti2v.training.cli nano "$1" -o "$out" --photos-dir "$photos" --device "${DEVICE:-cuda}" --workers "$2" \
-    --minutes "$3" --finish --set steps=30000 --set curve=false --set save_every=1000000 --set log_every=20 \
-    --set skips=30 >"$out/$1.log" 2>&1 || {
-    echo "$1: failed" >&2
-    tail -n 5 "$out/$1.log" >&2
+run() { # PHASE WORKERS MINUTES [OPTIONS]
+  phase=$1 workers=$2 minutes=$3
+  shift 3
+  python3 -m swifti2v.training.cli nano "$phase" -o "$out" --photos-dir "$photos" --device "${DEVICE:-cuda}" --workers "$workers" \
+    --minutes "$minutes" --finish --set steps=30000 --set curve=false --set save_every=1000000 --set log_every=20 \
+    --set skips=30 "$@" >"$out/$phase.log" 2>&1 || {
+    echo "$phase: failed" >&2
+    tail -n 5 "$out/$phase.log" >&2
     return 1
   }
-  echo "$1: $(grep ' min$' "$out/$1.log" | tail -n 1)"
+  echo "$phase: $(grep ' min$' "$out/$phase.log" | tail -n 1)"
 }
 
-(run vae1 5 "${VAE1:-2.3}" && run stage1 6 "${STAGE1:-2.4}") &
-run vae2 6 "${VAE2:-4.8}"
+(run vae1 5 "${VAE1:-2.3}" ${VAE_FLAGS:-} && run stage1 6 "${STAGE1:-2.4}") &
+run vae2 6 "${VAE2:-4.8}" ${VAE_FLAGS:-}
 code=$?
 wait $! && [ $code = 0 ] || exit 1
 run stage2 14 "${STAGE2:-7.2}" && run vae2-decoder 14 "${DECODER:-1.6}"

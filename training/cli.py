@@ -21,7 +21,7 @@ from .drawing import Drawer
 from .dry_run import step_cost
 from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
-from .nano import PHASES, DitPhase, finish, train_task
+from .nano import PHASES, DitPhase, VaePhase, finish, train_task, with_batch
 from .photos import SPLITS, load_packed, load_split, pack
 from .stage1 import ImageEncoder
 from .stage2 import Stage2Config
@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("-o", "--out", type=Path, required=True, help="folder of the training, one subfolder per phase")
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
+    phase.add_argument("--linear", action="store_true", help="VAEs: with linear maps, fitted to principal components")
+    phase.add_argument(
+        "--like", type=Path, help="turn those to resemble the latents of this folder's VAE, which DiTs know"
+    )
     phase.add_argument("--workers", type=int, default=0, help="processes that draw clips ahead (default: none)")
     phase.add_argument(
         "--finish",
@@ -118,17 +122,23 @@ def _pack(options: argparse.Namespace) -> None:
 def _nano(options: argparse.Namespace) -> None:
     name, phase = options.phase, PHASES[options.phase]
     train_config = _train_config(options, phase.train)
+    phase = with_batch(phase, train_config.batch)
     phase = replace(phase, train=replace(train_config, timed=train_config.timed or options.finish))
     if options.transition is not None:
         if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
         phase = replace(phase, config=with_transition(phase.config, options.transition))
+    if options.linear:
+        if not isinstance(phase, VaePhase):
+            raise TrainingError(f"{name}: got --linear, want it for vae1 or vae2 alone; leave it out")
+        phase = replace(phase, linear=True)
     models = options.models or options.out / "models"
     drawer = Drawer(_photos(options), options.workers, options.device)
     try:
-        task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start)
+        begin = {"start": options.start, "like": options.like}
+        task = train_task(name, drawer, models, phase, compiled=options.compile, **begin)
         if _train(task, phase.train, options.out / name) or options.finish:
-            finish(name, drawer, options.out, phase, models)
+            finish(name, drawer, options.out, phase, models, **begin)
             print(models / name)
     finally:
         drawer.close()

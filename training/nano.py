@@ -4,7 +4,7 @@ A phase trains in FOLDER/NAME and reads the finished models of the phases before
 vae1 and vae2, then stage1 (needs vae1), stage2 (needs all), and vae2-decoder (needs all, and begins with vae2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
-from ..engine.profile import StageConfig
+from ..engine.profile import StageConfig, VAEConfig
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
 from .batches import Crops, Cuts, Samples, latent_pool, mixed, photos_hash, sample_pool
 from .checkpoint import load_ema
 from .clips import ClipConfig
+from .components import fit_linear, freeze_linear, maps_hash
 from .decoder import DecoderConfig, DecoderTask, decoder_samples
 from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
@@ -40,18 +41,31 @@ ODDS = MotionOdds(
 CLIPS = ClipConfig(turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
 # Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
 LOW_CLIPS = replace(CLIPS, width=256, height=160, low_factor=2)
-STATISTICS_BATCHES, STATISTICS_STRIDE = 8, 8  # of a finished VAE's latents; steps between batches, for other clips
+STATISTICS_PIECES, STATISTICS_STRIDE = 256, 8  # of a VAE's pixels and latents; steps between batches, for other clips
 
 
 @dataclass(frozen=True)
 class VaePhase:
-    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`."""
+    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`.
+
+    `linear` makes one with linear maps, which hold most of the picture, and a network of a quarter the width (decoder:
+    half) beside them.
+    """
 
     train: TrainConfig
     samples: Samples
     cuts: Cuts  # of the samples
     low: bool
     loss: VaeLoss = field(default_factory=VaeLoss)
+    linear: bool = False
+
+    @property
+    def vae(self) -> VAEConfig:
+        vae = _stage(self).vae
+        if not self.linear:
+            return vae
+        narrow = {"encoder_dim": vae.encoder_dim // 4, "decoder_dim": vae.decoder_dim // 2}
+        return replace(vae, mult=(1, 2, 2), linear=True, **narrow)
 
 
 @dataclass(frozen=True)
@@ -105,25 +119,56 @@ PHASES: dict[str, Phase] = {
 }
 
 
+def with_batch(phase: Phase, count: int) -> Phase:
+    """The phase with `count` clips a step; where it has samples of another size too, those change in proportion."""
+    old = phase.train.batch
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * count / old))
+
+    def sample(item: Samples) -> Samples:
+        crops = replace(item.crops, count=scaled(item.crops.count))
+        return replace(item, crops=crops, group=min(item.group, crops.count))
+
+    phase = replace(phase, train=replace(phase.train, batch=count))
+    if isinstance(phase, DitPhase):
+        return replace(phase, samples=tuple(sample(item) for item in phase.samples))
+    if isinstance(phase, VaePhase):
+        phase = replace(phase, cuts=replace(phase.cuts, count=scaled(phase.cuts.count)))
+    return replace(phase, samples=sample(phase.samples))
+
+
 def train_task(
-    name: str, drawer: Drawer, models: Path, phase: Phase, *, compiled: bool = False, start: Path | None = None
+    name: str,
+    drawer: Drawer,
+    models: Path,
+    phase: Phase,
+    *,
+    compiled: bool = False,
+    start: Path | None = None,
+    like: Path | None = None,
 ) -> Task:
     """The task of a phase on its device; finished models of the phases before it are read from `models`.
 
-    Weights are new, or those of the folder `start`, which holds finished models too.
+    Weights are new, or those of the folder `start`, which holds finished models too. A new VAE's latents resemble those
+    of the VAE in the folder `like`.
     """
     train = phase.train
     begin = None if start is None else start / name
+    linear = isinstance(phase, VaePhase) and phase.linear
+    if (linear and start is not None) or (like is not None and not linear):
+        raise TrainingError(f"{name}: got --like or --start, want --like with --linear, --start without; leave one out")
     if isinstance(phase, DecoderPhase) and (start is not None or compiled):
         raise TrainingError(f"{name}: got --start or --compile, want neither: it begins with vae2; leave them out")
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
     settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(_clips(phase))}
     if isinstance(phase, VaePhase):
-        seed = step_seed(train.seed, name)
-        vae = new_vae(_stage(phase).vae, seed) if begin is None else raw(load_vae(begin, dtype=torch.float32))
+        vae = _fresh_vae(name, drawer, phase, like) if begin is None else raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
+        settings["maps"] = maps_hash(vae)
         vae.requires_grad_(True).to(train.device)
+        freeze_linear(vae)
         return VaeTask(vae, _videos(name, drawer, phase), phase.loss, fuse=compiled, **settings)
     read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
     if isinstance(phase, DecoderPhase):
@@ -136,6 +181,7 @@ def train_task(
     vae = load_vae(models / "vae2", dtype=torch.float32, device=train.device)
     vae.decoder.requires_grad_(True)
     vae.post_quant.requires_grad_(True)
+    freeze_linear(vae)
     one, dit = _stage_one(models, train.device), load_dit(models / "stage2", dtype=torch.float32, device=train.device)
 
     def learn(clips: ClipBatch, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -176,8 +222,20 @@ def _stage_one(models: Path, device: str) -> StageOne:
     )
 
 
-def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) -> None:
-    """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it."""
+def finish(
+    name: str,
+    drawer: Drawer,
+    folder: Path,
+    phase: Phase,
+    models: Path,
+    *,
+    start: Path | None = None,
+    like: Path | None = None,
+) -> None:
+    """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it.
+
+    `start` and `like` are those of the training: linear maps are not trained, and so in no checkpoint.
+    """
     profile = get_profile("nano")
     if isinstance(phase, DecoderPhase):
         vae = load_vae(models / "vae2", dtype=torch.float32)  # with the statistics of its latents
@@ -185,12 +243,10 @@ def finish(name: str, drawer: Drawer, folder: Path, phase: Phase, models: Path) 
         ship(vae, models / name)
         return
     if isinstance(phase, VaePhase):
-        vae = VAE(_stage(phase).vae)
+        fresh = start is None
+        vae = _fresh_vae(name, drawer, phase, like) if fresh else raw(load_vae(start / name, dtype=torch.float32))
         load_ema(folder / name, {"vae": vae})
-        make = _videos(f"{name}/statistics", drawer, phase)
-        steps = [STATISTICS_STRIDE * batch for batch in range(STATISTICS_BATCHES)]
-        videos = (make(step, step_seed(phase.train.seed, "statistics", step)) for step in steps)
-        ship(finished(vae.to(phase.train.device), videos), models / name)
+        ship(finished(vae.to(phase.train.device), _statistics(name, drawer, phase)), models / name)
         return
     stage = _stage(phase)
     modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
@@ -213,6 +269,23 @@ def _stage(phase: Phase) -> StageConfig:
 
 def _clips(phase: Phase) -> ClipConfig:
     return LOW_CLIPS if _low(phase) else CLIPS
+
+
+def _fresh_vae(name: str, drawer: Drawer, phase: VaePhase, like: Path | None) -> VAE:
+    """The VAE that a phase begins with, its linear maps fitted to the phase's samples."""
+    vae = new_vae(phase.vae, step_seed(phase.train.seed, name))
+    if phase.linear:
+        known = None if like is None else load_vae(like / name, dtype=torch.float32, device=phase.train.device)
+        videos = (video.to(phase.train.device) for video in _statistics(name, drawer, phase))
+        fit_linear(vae, videos, known)
+    return vae
+
+
+def _statistics(name: str, drawer: Drawer, phase: VaePhase) -> Iterator[Tensor]:
+    """Pieces to measure, always the same."""
+    make = _videos(f"{name}/statistics", drawer, phase)
+    steps = range(0, STATISTICS_STRIDE * max(1, STATISTICS_PIECES // phase.cuts.count), STATISTICS_STRIDE)
+    return (make(step, step_seed(phase.train.seed, "statistics", step)) for step in steps)
 
 
 def _videos(name: str, drawer: Drawer, phase: VaePhase) -> Callable[[int, int], Tensor]:
