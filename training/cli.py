@@ -135,10 +135,9 @@ def _nano(options: argparse.Namespace) -> None:
     models = options.models or options.out / "models"
     drawer = Drawer(_photos(options), options.workers, options.device)
     try:
-        begin = {"start": options.start, "like": options.like}
-        task = train_task(name, drawer, models, phase, compiled=options.compile, **begin)
+        task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start, like=options.like)
         if _train(task, phase.train, options.out / name) or options.finish:
-            finish(name, drawer, options.out, phase, models, **begin)
+            finish(name, task, drawer, options.out, phase, models)
             print(models / name)
     finally:
         drawer.close()

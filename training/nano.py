@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
@@ -222,39 +222,20 @@ def _stage_one(models: Path, device: str) -> StageOne:
     )
 
 
-def finish(
-    name: str,
-    drawer: Drawer,
-    folder: Path,
-    phase: Phase,
-    models: Path,
-    *,
-    start: Path | None = None,
-    like: Path | None = None,
-) -> None:
+def finish(name: str, task: Task, drawer: Drawer, folder: Path, phase: Phase, models: Path) -> None:
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it.
 
-    `start` and `like` are those of the training: linear maps are not trained, and so in no checkpoint.
+    They take the place of the task's own; what the task does not train, and so no checkpoint has, is written as it is.
     """
-    profile = get_profile("nano")
-    if isinstance(phase, DecoderPhase):
-        vae = load_vae(models / "vae2", dtype=torch.float32)  # with the statistics of its latents
-        load_ema(folder / name, {"vae": vae})
-        ship(vae, models / name)
+    load_ema(folder / name, task.modules)
+    if isinstance(phase, DitPhase):
+        for key, module in task.modules.items():
+            ship(module, models / key)
         return
-    if isinstance(phase, VaePhase):
-        fresh = start is None
-        vae = _fresh_vae(name, drawer, phase, like) if fresh else raw(load_vae(start / name, dtype=torch.float32))
-        load_ema(folder / name, {"vae": vae})
-        ship(finished(vae.to(phase.train.device), _statistics(name, drawer, phase)), models / name)
-        return
-    stage = _stage(phase)
-    modules: dict[str, nn.Module] = {name: DiT(stage.dit)}
-    if name == "stage1":
-        modules["text"] = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
-    load_ema(folder / name, modules)
-    for key, module in modules.items():
-        ship(module, models / key)
+    vae = task.modules["vae"]
+    assert isinstance(vae, VAE)
+    # A decoder's latents, and with them their statistics, are those of the finished VAE that it began with.
+    ship(finished(vae, _statistics(name, drawer, phase)) if isinstance(phase, VaePhase) else vae, models / name)
 
 
 def _low(phase: Phase) -> bool:
