@@ -19,7 +19,7 @@ from ..engine.vae import VAE
 from .clock import Work
 from .flops import graph_flops
 from .models import Models
-from .peers import Peer, PeerDecoder, PeerDiT, PeerEncoder, network_of
+from .peers import Peer, PeerDecoder, PeerDiT, PeerEncoder
 from .variants import Variant
 
 SIGMA = 0.8  # of the noisy blocks; any would do
@@ -48,7 +48,6 @@ class Item:
     works: dict[str, Work]
     dtypes: dict[str, torch.dtype]
     notes: dict[str, str] = field(default_factory=dict)  # by variant, for its row
-    apart: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by variant: its own right answer, in fp32
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -132,19 +131,18 @@ def vae_items(bench: Bench, direction: Literal["encode", "decode"]) -> list[Item
         dtypes = {name: variant.dtype for name, variant in bench.variants.items()}
         first, following = (graph_flops(bench.profile, f"{stream}_{kind}") for kind in ("first", "next"))
         items.append(Item(f"{stream}_next", following, works, dtypes))
-        clip: dict[str, Work] = {}
-        for peer in bench.peers:
-            clip[peer.name] = _peer_vae_work(peer, bench, weights, direction)
-        apart = _apart(bench, weights, direction)
+        linear = stage_of(bench.profile, weights).vae.linear
+        peers = () if linear else bench.peers
         notes = dict.fromkeys(
-            apart, "the network alone: our VAE's linear maps count as its work, but it does not compute them"
+            bench.variants if linear else (), "with linear maps, which diffusers' VAE has no place for"
         )
+        clip = {peer.name: _peer_vae_work(peer, bench, weights, direction) for peer in peers}
         for name, variant in bench.variants.items():
             whole = clip_input(bench.profile, weights, direction, variant.dtype, bench.models.device)
             clip[name] = Work(stream_all(variant, stream, whole, bench.profile.block_frames))
         flops = first + following * (bench.profile.blocks - 1)
-        all_dtypes = {peer.name: peer.dtype for peer in bench.peers} | dtypes
-        items.append(Item(f"{stream} clip", flops, clip, all_dtypes, notes, apart))
+        all_dtypes = {peer.name: peer.dtype for peer in peers} | dtypes
+        items.append(Item(f"{stream} clip", flops, clip, all_dtypes, notes))
     return items
 
 
@@ -194,20 +192,6 @@ def _peer_vae_work(peer: Peer, bench: Bench, weights: str, direction: str) -> Wo
     whole = clip_input(bench.profile, weights, direction, peer.dtype, bench.models.device)
     kind = PeerEncoder if direction == "encode" else PeerDecoder
     return Work(kind(peer.vae(ours), ours, whole))
-
-
-def _apart(bench: Bench, weights: str, direction: str) -> dict[str, Callable[[], Tensor]]:
-    """What peers compute where our VAE has linear maps: our network without them, on the clip that they get."""
-    if not stage_of(bench.profile, weights).vae.linear:
-        return {}
-
-    def answer() -> Tensor:
-        whole = clip_input(bench.profile, weights, direction, torch.float32, bench.models.device)
-        network = network_of(cast(VAE, bench.models.module(weights, torch.float32)))
-        with torch.inference_mode():
-            return network.encode(whole) if direction == "encode" else network.decode(whole)
-
-    return {peer.name: answer for peer in bench.peers}
 
 
 def _last_of(forward: Callable[[], Tensor], blocks: int) -> Callable[[], Tensor]:

@@ -1,7 +1,7 @@
 """The same models as diffusers has them, with our weights put in: what its users run, timed beside ours."""
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,21 +80,8 @@ def peer_dit(ours: DiT, device: torch.device, dtype: torch.dtype) -> Any:
     return theirs.eval().requires_grad_(False)
 
 
-def network_of(ours: VAE) -> VAE:
-    """Ours without the linear maps beside its network, which diffusers has no place for; itself where it has none."""
-    if not ours.config.linear:
-        return ours
-    with torch.device("meta"):
-        network = VAE(replace(ours.config, linear=False))
-    state = ours.state_dict()
-    network.load_state_dict({name: state[name] for name in network.state_dict()}, assign=True)
-    network.mean, network.std = ours.mean, ours.std
-    return network.eval().requires_grad_(False)
-
-
 def peer_vae(ours: VAE, dtype: torch.dtype) -> Any:
-    """diffusers' AutoencoderKLWan with the weights of our network; it does not compute linear maps beside that."""
-    ours = network_of(ours)
+    """diffusers' AutoencoderKLWan with our weights; ours has no linear maps."""
     config = ours.config
     said = {key: value for key, value in vae_config_json(config).items() if key not in UNKNOWN}
     with torch.device("meta"):

@@ -73,11 +73,7 @@ def measure_items(items: Sequence[Item], device: torch.device, peak_of: PeakOf, 
         distances: dict[str, float] = {}
 
         def compare(results: Mapping[str, object], item: Item = item, distances: dict[str, float] = distances) -> None:
-            for name, answer in item.apart.items():
-                pair = {"its own answer": answer(), name: results[name]}
-                distances.update(parity(pair, item.dtypes | {"its own answer": torch.float32}, item.name))
-            together = {name: result for name, result in results.items() if name not in item.apart}
-            distances.update(parity(together, item.dtypes, item.name))
+            distances.update(parity(results, item.dtypes, item.name))
 
         samples = time_in_turns(item.works, device, timing, memory=len(item.works) == 1, on_cold=compare)
         for name, sample in samples.items():

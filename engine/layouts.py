@@ -243,6 +243,7 @@ def vae_config(shapes: Shapes, config: Mapping[str, Any], source: str) -> VAECon
     )
     # diffusers writes its default scale factors whatever the model; they follow from the rest.
     stated = {key: value for key, value in vae_config_json(found).items() if not key.startswith("scale_factor")}
+    stated["linear"] = found.linear  # without its maps it would load as a plain one
     _agree(config, stated, source)
     return found
 

@@ -106,29 +106,32 @@ def test_a_training_starts_from_finished_models(trained: Path, tmp_path: Path):
         main(["nano", "stage2", "-o", str(tmp_path), *QUICK, "--set", "lr=1e-12", "--set", "muon=0"])
 
 
-def test_latents_of_a_linear_vae_resemble_known_ones(trained: Path, tmp_path: Path, capsys):
-    """What follows is trained on it as on any other, whatever the profile says."""
+def test_a_vae_with_linear_maps_is_fitted(trained: Path, tmp_path: Path, capsys):
+    """What follows is trained on it as on any other, its own network too, whatever the profile says."""
     models = trained / "models"
-    linear = ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--linear"]
-    main([*linear, "--like", str(models)])
+    for name in ("vae1", "vae2"):
+        main(["nano", name, "-o", str(tmp_path), *QUICK, "--linear", "--like", str(models)])
+        assert load_vae(tmp_path / "models" / name).config.linear
     made = load_vae(tmp_path / "models" / "vae2")
-    assert made.config.linear
     assert made.config.decoder_dim < load_vae(models / "vae2").config.decoder_dim
-    for name in ("vae1", "stage1", "text", "stage2"):
+    for name in ("stage1", "text", "stage2"):
         shutil.copytree(models / name, tmp_path / "models" / name)
+    again = ["nano", "vae2", "-o", str(tmp_path / "again"), "--start", str(tmp_path / "models"), *QUICK]
+    main(again)
+    main([*again, "--set", "steps=3"])
     main(["nano", "vae2-decoder", "-o", str(tmp_path), *QUICK])
-    after = load_vae(tmp_path / "models" / "vae2-decoder")
-    assert all(torch.equal(value, after.state_dict()[k]) for k, value in made.state_dict().items() if ".linear." in k)
+    for folder in (tmp_path / "again" / "models" / "vae2", tmp_path / "models" / "vae2-decoder"):
+        after = load_vae(folder).state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in made.state_dict().items() if ".linear." in name)
     for wrong in (
-        linear,  # other maps are another run
-        [*linear, "--start", str(models)],
+        ["nano", "vae2", "-o", str(tmp_path), *QUICK, "--linear", "--start", str(models)],
         ["nano", "vae1", "-o", str(tmp_path), *QUICK, "--like", str(models)],
         ["nano", "stage1", "-o", str(tmp_path), *QUICK, "--linear"],
     ):
         with pytest.raises(SystemExit):
             main(wrong)
     said = capsys.readouterr().err
-    for words in ("task.maps", "vae2: got --like or --start", "vae1: got --like or --start", "stage1: got --linear"):
+    for words in ("vae2: got --linear, want", "vae1: got --like without --linear", "stage1: got --linear, want"):
         assert words in said
 
 

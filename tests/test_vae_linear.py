@@ -1,5 +1,6 @@
 """A VAE with linear maps beside its network: cells, streams, layouts, and maps that start at principal components."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from conftest import randomise
 from torch import Tensor
 
+from swifti2v.engine.errors import WeightsError
 from swifti2v.engine.presets import get_profile
 from swifti2v.engine.vae import VAE
 from swifti2v.engine.vae_layers import from_cells, to_cells
@@ -61,6 +63,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path):
     assert torch.equal(loaded.encode(video(1)), vae.encode(video(1)))
     save_vae(VAE(PLAIN), tmp_path / "plain")
     assert load_vae(tmp_path / "plain").config == PLAIN
+    shutil.copy(tmp_path / "config.json", tmp_path / "plain")
+    with pytest.raises(WeightsError, match=r"config\.json linear: got True, want False"):
+        load_vae(tmp_path / "plain")  # its maps are lost
 
 
 @torch.no_grad()
@@ -93,7 +98,7 @@ def test_components_have_the_root_of_their_deviation():
 
 @torch.no_grad()
 def test_latents_can_resemble_those_of_another_vae():
-    """Of one with the same components, turned otherwise, they are found again up to the scale of each channel."""
+    """Of one with the same components, turned otherwise, they are found again."""
     clips = [video(seed) for seed in range(6)]
     known = new_vae(replace(CONFIG, mean=(0.0,) * 6), 0)
     fit_linear(known, clips)
@@ -116,7 +121,8 @@ def test_the_network_trains_and_the_maps_stay():
     fit_linear(vae, seen)
     freeze_linear(vae)
     before, state = psnr(vae, seen), {n: p.clone() for n, p in vae.named_parameters() if not p.requires_grad}
-    assert {name.split(".")[0] for name in state} == {"encoder", "decoder", "quant", "post_quant"}
+    assert all(".linear." in name or name.startswith(("quant.", "post_quant.")) for name in state)
+    assert len(state) == 12, "two maps each way, quant and post_quant: a weight and a bias of each"
     optimizer = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 1e-3)
     for step in range(30):
         optimizer.zero_grad()

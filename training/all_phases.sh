@@ -3,7 +3,7 @@
 #   training/all_phases.sh PHOTOS_DIR OUT
 # Needs python3 with torch, numpy, pillow and safetensors, and about 16 cores to draw clips. Phases that do not need each
 # other run at the same time. Each ends by the clock: VAE1, STAGE1, VAE2, STAGE2 and DECODER are their minutes, none
-# over 9; VAE_FLAGS=--linear makes VAEs with linear maps. OUT/models gets the averaged weights, OUT/NAME.log and
+# over 9; VAE_FLAGS=--linear fits linear maps in their place. OUT/models gets the averaged weights, OUT/NAME.log and
 # OUT/NAME/log.jsonl are logs; exits with 1 if one fails.
 set -u
 photos=$1 out=$2

@@ -21,7 +21,7 @@ from .drawing import Drawer
 from .dry_run import step_cost
 from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
-from .nano import PHASES, DitPhase, VaePhase, finish, train_task, with_batch
+from .nano import PHASES, DitPhase, VaePhase, finish, fit, train_task, with_batch
 from .photos import SPLITS, load_packed, load_split, pack
 from .stage1 import ImageEncoder
 from .stage2 import Stage2Config
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("-o", "--out", type=Path, required=True, help="folder of the training, one subfolder per phase")
     phase.add_argument("--models", type=Path, help="folder of finished models (default: OUT/models)")
     phase.add_argument("--start", type=Path, help="begin with the weights of this folder of finished models")
-    phase.add_argument("--linear", action="store_true", help="VAEs: with linear maps, fitted to principal components")
+    phase.add_argument(
+        "--linear", action="store_true", help="VAEs: linear maps fitted to principal components, in place of a training"
+    )
     phase.add_argument(
         "--like", type=Path, help="turn those to resemble the latents of this folder's VAE, which DiTs know"
     )
@@ -128,14 +130,18 @@ def _nano(options: argparse.Namespace) -> None:
         if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
         phase = replace(phase, config=with_transition(phase.config, options.transition))
-    if options.linear:
-        if not isinstance(phase, VaePhase):
-            raise TrainingError(f"{name}: got --linear, want it for vae1 or vae2 alone; leave it out")
-        phase = replace(phase, linear=True)
+    if options.like is not None and not options.linear:
+        raise TrainingError(f"{name}: got --like without --linear, want it for linear maps alone; add --linear")
+    if options.linear and (options.start is not None or not isinstance(phase, VaePhase)):
+        raise TrainingError(f"{name}: got --linear, want it for vae1 or vae2, without --start; leave one out")
     models = options.models or options.out / "models"
     drawer = Drawer(_photos(options), options.workers, options.device)
     try:
-        task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start, like=options.like)
+        if options.linear and isinstance(phase, VaePhase):
+            fit(name, drawer, phase, models, options.like)
+            print(models / name)
+            return
+        task = train_task(name, drawer, models, phase, compiled=options.compile, start=options.start)
         if _train(task, phase.train, options.out / name) or options.finish:
             finish(name, task, drawer, options.out, phase, models)
             print(models / name)

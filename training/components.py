@@ -1,4 +1,4 @@
-"""Principal components of a cell's pixels as the linear maps of a VAE: found in seconds, and hard to beat by training.
+"""Principal components of a cell's pixels as the linear maps of a VAE: solved in seconds, and not beaten by training.
 
 Their latents can be turned to resemble those of another VAE, so that DiTs which know that one go on from there.
 """
@@ -43,9 +43,9 @@ def fit_linear(vae: VAE, videos: Iterable[Tensor], like: VAE | None = None) -> N
         later.add(to_cells(video[:, :, 1:], space, time), known)
     own, basis = first.rooted(z), later.rooted(z)
     basis = (_random_rotation(z).to(basis) if like is None else _turn(basis @ later.beside)) @ basis
-    still = basis.unflatten(1, (time, -1)).sum(1)  # [z, 192 * time] -> [z, 192]: the latents of a still clip
+    still = basis.unflatten(1, (time, -1)).sum(1)  # [z, time * pixels] -> [z, pixels]: the latents of a still clip
     own = _turn(own @ first.covariance @ still.T) @ own
-    for layer in (encoder.first, encoder.next, vae.encoder.conv_out, vae.decoder.conv_out, vae.quant, vae.post_quant):
+    for layer in (vae.encoder.conv_out, vae.decoder.conv_out, vae.quant, vae.post_quant):
         layer.weight.zero_()
         layer.bias.zero_()  # type: ignore[union-attr]
     vae.encoder.conv_out.bias[z:] = POSTERIOR  # type: ignore[index]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..engine.dit import DiT
 from ..engine.presets import get_profile
-from ..engine.profile import StageConfig, VAEConfig
+from ..engine.profile import StageConfig
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
-from .batches import Crops, Cuts, Samples, latent_pool, mixed, photos_hash, sample_pool
+from .batches import Crops, Cuts, Pool, Samples, latent_pool, mixed, photos_hash, sample_pool
 from .checkpoint import load_ema
 from .clips import ClipConfig
 from .components import fit_linear, freeze_linear, maps_hash
@@ -46,26 +46,13 @@ STATISTICS_PIECES, STATISTICS_STRIDE = 256, 8  # of a VAE's pixels and latents; 
 
 @dataclass(frozen=True)
 class VaePhase:
-    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`.
-
-    `linear` makes one with linear maps, which hold most of the picture, and a network of a quarter the width (decoder:
-    half) beside them.
-    """
+    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`."""
 
     train: TrainConfig
     samples: Samples
     cuts: Cuts  # of the samples
     low: bool
     loss: VaeLoss = field(default_factory=VaeLoss)
-    linear: bool = False
-
-    @property
-    def vae(self) -> VAEConfig:
-        vae = _stage(self).vae
-        if not self.linear:
-            return vae
-        narrow = {"encoder_dim": vae.encoder_dim // 4, "decoder_dim": vae.decoder_dim // 2}
-        return replace(vae, mult=(1, 2, 2), linear=True, **narrow)
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,11 @@ PHASES: dict[str, Phase] = {
     ),
     "stage2": DitPhase(
         TrainConfig(5000, 48, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        (Samples(Crops(48, 192, 128), 192, 20.0, 0.8, 16), Samples(Crops(12, 384, 256), 48, 20.0, 0.2, 4)),
+        (
+            Samples(Crops(48, 128, 128), 192, 20.0, 0.5, 16),
+            Samples(Crops(48, 192, 128), 192, 20.0, 0.35, 16),
+            Samples(Crops(12, 384, 256), 48, 20.0, 0.15, 4),
+        ),
         STAGE2,
     ),
     "vae2-decoder": DecoderPhase(
@@ -146,30 +137,30 @@ def train_task(
     *,
     compiled: bool = False,
     start: Path | None = None,
-    like: Path | None = None,
 ) -> Task:
     """The task of a phase on its device; finished models of the phases before it are read from `models`.
 
-    Weights are new, or those of the folder `start`, which holds finished models too. A new VAE's latents resemble those
-    of the VAE in the folder `like`.
+    Weights are new, or those of the folder `start`, which holds finished models too.
     """
     train = phase.train
     begin = None if start is None else start / name
-    linear = isinstance(phase, VaePhase) and phase.linear
-    if (linear and start is not None) or (like is not None and not linear):
-        raise TrainingError(f"{name}: got --like or --start, want --like with --linear, --start without; leave one out")
     if isinstance(phase, DecoderPhase) and (start is not None or compiled):
         raise TrainingError(f"{name}: got --start or --compile, want neither: it begins with vae2; leave them out")
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
     settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(_clips(phase))}
     if isinstance(phase, VaePhase):
-        vae = _fresh_vae(name, drawer, phase, like) if begin is None else raw(load_vae(begin, dtype=torch.float32))
+        if begin is None:
+            vae = new_vae(_stage(phase).vae, step_seed(train.seed, name))
+        else:
+            vae = raw(load_vae(begin, dtype=torch.float32))
         settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
-        settings["maps"] = maps_hash(vae)
+        if vae.config.linear:
+            settings["maps"] = maps_hash(vae)
         vae.requires_grad_(True).to(train.device)
         freeze_linear(vae)
-        return VaeTask(vae, _videos(name, drawer, phase), phase.loss, fuse=compiled, **settings)
+        pool, cuts = _videos(name, drawer, phase), phase.cuts
+        return VaeTask(vae, lambda step, seed: cuts.take(pool(step, seed), seed), phase.loss, fuse=compiled, **settings)
     read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
     if isinstance(phase, DecoderPhase):
         read.append("stage2")
@@ -222,6 +213,20 @@ def _stage_one(models: Path, device: str) -> StageOne:
     )
 
 
+def fit(name: str, drawer: Drawer, phase: VaePhase, models: Path, like: Path | None = None) -> None:
+    """Write the phase's VAE to `models`/NAME in bf16, with linear maps fitted to its samples; nothing is trained.
+
+    Its latents resemble those of the VAE in the folder `like`. Its network is narrow, and adds nothing yet.
+    """
+    vae = _stage(phase).vae
+    narrow = {"encoder_dim": vae.encoder_dim // 4, "decoder_dim": vae.decoder_dim // 2, "mult": (1, 2, 2)}
+    made = new_vae(replace(vae, linear=True, **narrow), step_seed(phase.train.seed, name)).to(phase.train.device)
+    known = None if like is None else load_vae(like / name, dtype=torch.float32, device=phase.train.device)
+    pieces = [piece.to(phase.train.device) for piece in _statistics(name, drawer, phase)]
+    fit_linear(made, pieces, known)
+    ship(finished(made, pieces), models / name)
+
+
 def finish(name: str, task: Task, drawer: Drawer, folder: Path, phase: Phase, models: Path) -> None:
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it.
 
@@ -252,31 +257,25 @@ def _clips(phase: Phase) -> ClipConfig:
     return LOW_CLIPS if _low(phase) else CLIPS
 
 
-def _fresh_vae(name: str, drawer: Drawer, phase: VaePhase, like: Path | None) -> VAE:
-    """The VAE that a phase begins with, its linear maps fitted to the phase's samples."""
-    vae = new_vae(phase.vae, step_seed(phase.train.seed, name))
-    if phase.linear:
-        known = None if like is None else load_vae(like / name, dtype=torch.float32, device=phase.train.device)
-        videos = (video.to(phase.train.device) for video in _statistics(name, drawer, phase))
-        fit_linear(vae, videos, known)
-    return vae
-
-
 def _statistics(name: str, drawer: Drawer, phase: VaePhase) -> Iterator[Tensor]:
     """Pieces to measure, always the same."""
-    make = _videos(f"{name}/statistics", drawer, phase)
     steps = range(0, STATISTICS_STRIDE * max(1, STATISTICS_PIECES // phase.cuts.count), STATISTICS_STRIDE)
-    return (make(step, step_seed(phase.train.seed, "statistics", step)) for step in steps)
+    pool = _videos(f"{name}/statistics", drawer, replace(phase, train=replace(phase.train, steps=steps.stop)))
+    try:
+        for step in steps:
+            seed = step_seed(phase.train.seed, "statistics", step)
+            yield phase.cuts.take(pool(step, seed), seed)
+    finally:
+        pool.close()
 
 
-def _videos(name: str, drawer: Drawer, phase: VaePhase) -> Callable[[int, int], Tensor]:
-    """Pieces of a pool of clips."""
+def _videos(name: str, drawer: Drawer, phase: VaePhase) -> Pool[Tensor]:
+    """A pool of clips."""
 
     def learn(clips: ClipBatch, _: int) -> list[Tensor]:
         return list((clips.low if phase.low else clips.high).half().split(1))
 
-    pool = sample_pool(drawer, _clips(phase), phase.samples, phase.train, learn, name)
-    return lambda step, seed: phase.cuts.take(pool(step, seed), seed)
+    return sample_pool(drawer, _clips(phase), phase.samples, phase.train, learn, name)
 
 
 def _pools(

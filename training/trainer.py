@@ -104,12 +104,11 @@ def autocast(config: TrainConfig) -> torch.autocast:
 def learning_rate(config: TrainConfig, step: int, spent: float = 0.0) -> float:
     """The rate of step 0, 1, ...: a linear rise over `warmup` steps, then a cosine towards 0 at `steps`.
 
-    `spent` is the share of the time that has passed, where that ends the run.
+    `spent` is the share of the time that has passed, where that ends the run; it may end before the rise does.
     """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
     part = max(spent, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
 def ema_decay(config: TrainConfig, updates: int) -> float:

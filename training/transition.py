@@ -22,8 +22,8 @@ class TransitionConfig:
     """How often Stage I has its hand in a reference, and from which noise levels; the same in evaluation."""
 
     probability: float = 0.8
-    lowest: float = 0.3
-    highest: float = 0.75
+    lowest: float = 0.1
+    highest: float = 0.5
     steps: int = 4
     shift: float = 5.0
 
