@@ -165,7 +165,7 @@ def _text(models: Path, embeddings: Path | None, device: str, shape: tuple[int, 
         return load_words(models / "text", device=device)
     tensors = load_file(embeddings)
     if "prompt" not in tensors:
-        raise TrainingError(f"{embeddings}: got {sorted(tensors)}, want a tensor `prompt`; see the README")
+        raise TrainingError(f"{embeddings}: got {sorted(tensors)}, want a tensor `prompt`; see docs/TRAINING.md")
     rows, (length, width) = tensors["prompt"].float(), shape
     rows = rows.unsqueeze(0) if rows.ndim == 2 else rows  # [L, D] -> [1, L, D]
     if rows.ndim != 3 or rows.shape[0] != 1 or rows.shape[1] > length or rows.shape[2] != width:
