@@ -307,8 +307,8 @@ def check_stage(stage: StageConfig) -> None:
         raise ProfileError(f"steps: got {stage.steps}, want 1 or more; the nearest is 1")
     if not isfinite(stage.guidance):
         raise ProfileError(f"guidance: got {stage.guidance}, want a number; 1 is off, Wan's values are 3.5 to 5")
-    if not (isfinite(stage.shift) and stage.shift > 0):
-        raise ProfileError(f"shift: got {stage.shift}, want more than 0; Wan's values are 3 and 5")
+    if not 1e-3 <= stage.shift <= 1e3:  # beyond, steps fall together
+        raise ProfileError(f"shift: got {stage.shift}, want 0.001 to 1000; Wan's values are 3 and 5")
     if stage.sigmas is not None:
         falling = all(a > b for a, b in zip(stage.sigmas, stage.sigmas[1:], strict=False))
         if len(stage.sigmas) != stage.steps or not falling or not all(0 < s <= 1 for s in stage.sigmas):

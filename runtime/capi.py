@@ -8,7 +8,6 @@ The table of sessions is one for the process, because a handle is a number.
 """
 
 import atexit
-import contextlib
 import itertools
 import logging
 import threading
@@ -73,7 +72,8 @@ class _Table:
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count(1)
         self.opening = threading.Lock()  # untrained weights come from torch's generator, which all threads share
-        self.thread = threading.local()  # .error: the text of this thread's last failure
+        # .error: the text of this thread's last failure; .logs: whether it is in the log callback
+        self.thread = threading.local()
         atexit.register(self.close)
 
     def number(self) -> int:
@@ -103,9 +103,15 @@ class _LogHandler(logging.Handler):
     callback: LogCallback | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.callback is not None:
-            with contextlib.suppress(Exception):  # a callback that raises loses its line; the run goes on
-                self.callback(record.levelno, record.getMessage())
+        if self.callback is None:
+            return
+        _TABLE.thread.logs = True
+        try:
+            self.callback(record.levelno, record.getMessage())
+        except Exception:  # a callback that raises loses its line; the run goes on
+            pass
+        finally:
+            _TABLE.thread.logs = False
 
 
 _TABLE = _Table()
@@ -163,7 +169,13 @@ def create(config: str | bytes) -> Answer[int]:
 
 @_flat
 def destroy(handle: int) -> Answer[None]:
-    """Cancel what runs, wait for its current step to end, free everything, borrowed segments too."""
+    """Cancel what runs, wait for its current step to end, free everything, borrowed segments too.
+
+    Not from a log callback: the handler is locked meanwhile, and the session may have a line to say before it ends.
+    """
+    if getattr(_TABLE.thread, "logs", False):
+        want = "want it outside the callback; destroy it there"
+        raise CallError(Status.INVALID_STATE, f"session {handle}: got destroyed from a log callback, {want}")
     _TABLE.find(handle).worker.close()
     _TABLE.find(handle, take=True)
     return Status.OK, None

@@ -2,8 +2,6 @@
 
 from enum import IntEnum
 
-import torch
-
 from ..engine.errors import (
     BundleError,
     Cancelled,
@@ -14,6 +12,7 @@ from ..engine.errors import (
     SwiftError,
     WeightsError,
 )
+from .devices import out_of_memory
 
 API_VERSION = 1
 
@@ -72,7 +71,6 @@ STATUSES: tuple[tuple[tuple[type[BaseException], ...], Status], ...] = (
     ((ProfileError,), Status.INVALID_JSON),
     ((MediaError,), Status.INVALID_IMAGE),
     ((NumericsError,), Status.NUMERICS),
-    ((MemoryError, torch.OutOfMemoryError), Status.NO_MEMORY),
 )
 
 
@@ -80,7 +78,7 @@ def status_of(error: BaseException) -> Status:
     """The status that an exception becomes."""
     if isinstance(error, CallError):
         return error.status
-    if "can't allocate memory" in str(error):  # what torch says on the CPU, in a plain RuntimeError
+    if out_of_memory(error):
         return Status.NO_MEMORY
     return next((status for kinds, status in STATUSES if isinstance(error, kinds)), Status.FAILED)
 

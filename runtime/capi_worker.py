@@ -122,11 +122,6 @@ class Worker:
 
     def close(self) -> None:
         """Cancel, wait for the thread to end after its current step, and free the session."""
-        if threading.current_thread() is self._thread:
-            raise CallError(
-                Status.INVALID_STATE,
-                f"{self._name}: got destroyed from its own log callback, want another thread; destroy it there",
-            )
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -21,7 +21,7 @@ from .contact_sheet import ContactSheet
 from .frame_pipe import Chroma
 from .image import IMAGE_SUFFIXES, check_target, fit_image, load_image
 from .session import OnProgress, Request, Session
-from .sidecar import Run, describe, write_json
+from .sidecar import Run, describe, printable, write_json
 
 
 @click.command()
@@ -89,7 +89,7 @@ def generate(
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": record}, ensure_ascii=False))
     elif output != PIPE:
-        click.echo(str(output))
+        click.echo(printable(str(output)))
 
 
 def _check_targets(output: Path, colour: str | None, first: int, chroma: Chroma, contact_sheet: Path | None) -> Target:

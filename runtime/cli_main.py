@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import signal
 import sys
 import traceback
@@ -10,12 +9,11 @@ from types import FrameType
 from typing import NoReturn
 
 import click
-import torch
 
 from ..engine.errors import Cancelled, EnvironmentMismatch, ProfileError, SwiftError
+from .devices import out_of_memory
 
 OK, FAILED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-OUT_OF_MEMORY = re.compile(r"(not enough|can't allocate) memory")
 
 
 class Terminated(BaseException):
@@ -54,7 +52,7 @@ def _explain(error: Exception, name: str) -> tuple[int, str]:
     if isinstance(error, SwiftError):
         codes = {ProfileError: USAGE, EnvironmentMismatch: ENVIRONMENT}
         return codes.get(type(error), FAILED), str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
+    if out_of_memory(error):
         return FAILED, "memory: got too little, want more for this profile; make the size smaller"
     if isinstance(error, OSError):
         return FAILED, f"file system: got '{error}', want to go on; check the disk and its permissions"

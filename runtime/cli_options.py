@@ -52,7 +52,7 @@ class Device(click.ParamType):
     name = "DEVICE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(value)):
             self.fail(f"got {value!r}, want auto, cpu, cuda or cuda:N", param, ctx)
         return str(value)
 
@@ -152,9 +152,11 @@ def make_paths(options: dict[str, Any], loras: tuple[tuple[str, Lora], ...]) -> 
 
 def pick_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Device and dtype; `auto` takes CUDA where there is one, and bf16 where the device computes in it."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, number = (("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).partition(":")
+    # Compared as it is written: torch keeps the number in 8 bits, in which 256 is 0.
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise EnvironmentMismatch(f"device: got {name}, want one this machine has; use --device cpu")
+    device = torch.device(kind, int(number)) if number else torch.device(kind)
     return device, best_dtype(device) if dtype == "auto" else DTYPES[dtype]
 
 

@@ -90,7 +90,7 @@ class Farm:
             return Result(shot.name, self._render(shot, tell))
         except EnvironmentMismatch:
             raise
-        except (SwiftError, OSError, RuntimeError) as error:
+        except (SwiftError, OSError, RuntimeError, MemoryError) as error:
             if is_transient(error) or not (self.folder / JOB).is_file():  # what a lost mount looks like
                 return Result(shot.name, "stopped", " ".join(str(error).split()))
             if isinstance(error, LockLost):
@@ -140,7 +140,7 @@ class Farm:
         tell("started", 0.0, f"{len(done)} of {total} segments are there")
         if len(done) == total:
             return done
-        saved, why = _load_usable(folder, len(done), self.session.device)
+        saved, why = _load_usable(folder, len(done), self.loaded)
         if why:
             tell("started", 0.0, f"starts over: {why}")
         on_progress = partial(_tell_progress, tell, total)
@@ -208,10 +208,10 @@ def look_at(folder: ShotFolder, asked: Asked, segments: int) -> str:
     return f"{there} of {segments} segments" if there else "new"
 
 
-def _load_usable(folder: ShotFolder, segments: int, device: torch.device) -> tuple[Saved | None, str]:
+def _load_usable(folder: ShotFolder, segments: int, loaded: Loaded) -> tuple[Saved | None, str]:
     """The saved state, or why the shot starts over: a damaged state, or one ahead of the finished segments."""
     try:
-        saved = load_state(folder.state, device)
+        saved = load_state(folder.state, loaded.device, loaded.dtype)
     except FileNotFoundError:
         return None, ""
     except FarmError as error:

@@ -3,16 +3,15 @@
 import errno
 import re
 
-import torch
-
 from ..engine.errors import SwiftError
+from .devices import out_of_memory
 
 # What another try, here or on another machine, may not meet again: a full disk, a lost mount, a tired network.
 TRANSIENT = {
     getattr(errno, name)
     for name in (
         "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
-        "ENETUNREACH", "ENODEV", "ENXIO", "EREMOTEIO", "ESHUTDOWN", "ECONNRESET", "ENOLCK", "EFBIG",
+        "ENETUNREACH", "ENODEV", "ENXIO", "EREMOTEIO", "ESHUTDOWN", "ECONNRESET", "ENOLCK", "EFBIG", "ENOMEM",
     )
     if hasattr(errno, name)
 }  # fmt: skip
@@ -34,7 +33,7 @@ class Transient(FarmError):  # noqa: N818
 def is_transient(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is of this kind. So is memory that a neighbour may have taken."""
     while error is not None:
-        if isinstance(error, (Transient, torch.OutOfMemoryError)):
+        if isinstance(error, Transient) or out_of_memory(error):
             return True
         number = getattr(error, "errno", None)
         if number is None and (found := OS_ERROR.search(str(error))):

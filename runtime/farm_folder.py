@@ -7,7 +7,6 @@ DIR/<shot>/state.safetensors      what the next segment takes
 DIR/<shot>/record.json            written last: how the shot was made, and its files
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -21,7 +20,8 @@ from ..engine.manifest import Artifact, damage, sha256_of
 from ..engine.plain import PlainError, from_plain, to_plain
 from ..engine.profile import Profile
 from .farm_errors import FarmError, Transient
-from .frame_files import own_part_of, write_bytes
+from .frame_files import write_bytes
+from .image import part_of
 
 FORMAT = 1
 JOB, SHOT, RECORD, STATE, SEGMENTS, LOCK = (
@@ -91,14 +91,16 @@ def open_job(folder: Path, job: Job, allow_different: bool) -> None:
     folder.mkdir(exist_ok=True)
     path = folder / JOB
     if not path.exists():
-        part = own_part_of(path)
+        part = part_of(path)
         write_bytes(part, _text(to_plain(job)))
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(part, path)  # the first of several workers wins
-            except (NotImplementedError, PermissionError):  # no links here
-                part.replace(path)
-        part.unlink(missing_ok=True)
+        try:
+            os.link(part, path)  # the first of several workers wins
+        except FileExistsError:
+            pass
+        except (NotImplementedError, OSError):  # no links here
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     there = check_job(folder, job.profile, job.output)
     if there.worker != job.worker and not allow_different:
         raise EnvironmentMismatch(
@@ -200,10 +202,10 @@ class ShotFolder:
 
 
 def _read(kind: type[T], path: Path) -> T:
-    text = path.read_text(encoding="utf-8")
+    data = path.read_bytes()
     try:
-        return from_plain(kind, json.loads(text), path.name)
-    except (ValueError, PlainError) as error:
+        return from_plain(kind, json.loads(data.decode()), path.name)
+    except (ValueError, RecursionError, PlainError) as error:
         raise FarmError(f"{path}: got '{error}', want what a worker wrote; delete it or use another folder") from error
 
 

@@ -171,7 +171,7 @@ def _read(path: Path) -> Holder | None:
 
 def _server_time(path: Path) -> float:
     """Now, by the clock that sets the modification times in this folder."""
-    probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}.probe")  # a holder deletes what ends in .part
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engine.state import SegmentState
 from .farm_errors import FarmError
-from .frame_files import own_part_of
+from .image import part_of
 
 FORMAT = "1"
 PLAIN = ("anchor", "latents", "reference")
@@ -37,7 +37,7 @@ def save_state(path: Path, saved: Saved) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
     metadata = {"format": FORMAT, "segment": str(saved.state.segment), "sha256": _digest(tensors)}
     metadata["channels_last"] = " ".join(last)  # a convolution of another layout gives other bits
-    part = own_part_of(path)
+    part = part_of(path)
     try:
         save_file(tensors, part, metadata)
         with part.open("rb") as file:
@@ -50,8 +50,8 @@ def save_state(path: Path, saved: Saved) -> None:
             part.unlink(missing_ok=True)
 
 
-def load_state(path: Path, device: torch.device) -> Saved:
-    """Read it back. FarmError for a file that is damaged or of another format."""
+def load_state(path: Path, device: torch.device, dtype: torch.dtype) -> Saved:
+    """Read it back, caches in the dtype of the graphs. FarmError for a file that is damaged or of another format."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -64,7 +64,9 @@ def load_state(path: Path, device: torch.device) -> Saved:
     layouts = {name: LAST if name in last else torch.preserve_format for name in tensors}
     tensors = {name: tensor.to(device, memory_format=layouts[name]) for name, tensor in tensors.items()}
     caches = {
-        cache: tuple(tensors[f"{cache}.{index}"] for index in range(sum(n.startswith(f"{cache}.") for n in tensors)))
+        cache: tuple(
+            tensors[f"{cache}.{index}"].to(dtype) for index in range(sum(n.startswith(f"{cache}.") for n in tensors))
+        )
         for cache in CACHES
     }
     plain = (tensors[name] for name in PLAIN)

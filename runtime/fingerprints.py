@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..engine.weights import fingerprint
 from .encoders import clip_fingerprint
+from .image import part_of
 from .model_paths import ModelPaths
 from .models import Loaded
 
@@ -27,14 +28,19 @@ def fingerprints(paths: ModelPaths, loaded: Loaded, cache: Path) -> dict[str, st
         else:
             found[name] = known_fingerprint(path, cache)
     for name, loras in paths.loras.items():
-        for path, strength in loras:
-            found[f"{name} + {strength:g} * {path.name}"] = known_fingerprint(path, cache)
+        for number, (path, strength) in enumerate(loras, 1):  # the order counts, and names may be equal
+            found[f"{name} + {number}. {strength!r} * {path.name}"] = known_fingerprint(path, cache)
     return found
 
 
 def known_fingerprint(path: Path, cache: Path) -> str:
     """SHA-256 (hex) of a checkpoint, from the folder `cache` where it is known, else computed and written there."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name("config.json")]
+    if path.is_dir():
+        files = sorted(path.iterdir())
+    elif path.name.endswith(".index.json"):
+        files = sorted(path.parent.iterdir())  # its shards
+    else:
+        files = [path, path.with_name("config.json")]
     seen = [
         (file.name, stat.st_size, stat.st_mtime_ns)
         for file in files
@@ -49,7 +55,7 @@ def known_fingerprint(path: Path, cache: Path) -> str:
     value = fingerprint(path)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
         entry.parent.mkdir(parents=True, exist_ok=True)
-        part = entry.with_name(entry.name + ".part")
+        part = part_of(entry)
         part.write_text(value, encoding="ascii")
         part.replace(entry)
     return value

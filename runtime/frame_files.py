@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from ..engine.errors import EnvironmentMismatch, MediaError
 from .frame_colour import SRGB, Colour, from_srgb
-from .image import reason
+from .image import part_of, reason
 from .session import FrameChunk
 
 FRAME_SUFFIXES = (".png", ".exr")
@@ -141,14 +140,9 @@ def timecode(number: int, fps: Fraction) -> tuple[int, int, int, int]:
     return minutes // 60 % 24, minutes % 60, seconds, frames
 
 
-def own_part_of(path: Path) -> Path:
-    """An unfinished file of this writer alone: on a farm, another one may be at the same file."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
-
-
 def write_bytes(path: Path, data: bytes) -> Path:
     """Write a file so that it appears whole or not at all, also after a power cut. Equal bytes are left as they are."""
-    part = own_part_of(path)
+    part = part_of(path)
     try:
         if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return path

@@ -3,13 +3,14 @@
 import contextlib
 import io
 import os
+import secrets
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ..engine.errors import MediaError, NumericsError
 from ..kernels.pixels import to_bytes_eager
@@ -20,6 +21,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 VECTOR_FORMATS = ("EPS", "WMF")  # Pillow hands these to another program, which executes them
 # Cut-outs and drawings are made to be seen on a page; their dark outlines would vanish on black.
 BEHIND_TRANSPARENCY = (255, 255, 255)
+_TURNS = Image.Transpose
+UPRIGHT = {  # by the EXIF orientation of a picture that is not
+    2: _TURNS.FLIP_LEFT_RIGHT, 3: _TURNS.ROTATE_180, 4: _TURNS.FLIP_TOP_BOTTOM, 5: _TURNS.TRANSPOSE,
+    6: _TURNS.ROTATE_270, 7: _TURNS.TRANSVERSE, 8: _TURNS.ROTATE_90,
+}  # fmt: skip
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -41,7 +47,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 _check_header(path, image)
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(_upright(image))
     except MediaError:
         raise
     except UnidentifiedImageError as error:
@@ -138,8 +144,8 @@ def check_target(kind: str, path: str | os.PathLike[str], suffixes: tuple[str, .
 
 
 def part_of(path: Path) -> Path:
-    """Name the unfinished file that is renamed to path when it is complete."""
-    return path.with_name(path.name + ".part")
+    """Name the unfinished file that is renamed to path when it is complete; another writer of path has another."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 def reason(error: BaseException) -> str:
@@ -157,6 +163,16 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         want = f"want at most {MAX_PIXELS:,} pixels; scale it down first"
         raise MediaError(f"image {path}: got {image.width}x{image.height}, {want}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says. Damaged metadata says nothing: ImageOps.exif_transpose would refuse it."""
+    image.load()  # metadata may come after the pixels
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as decoders, its readers raise nearly anything
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ import torch
 from ..engine.errors import MediaError
 from ..engine.profile import Profile
 from ..engine.sampler import stage_sigmas
+from .image import part_of
 from .models import Loaded
 from .session import Request
 
@@ -45,9 +47,9 @@ def describe(run: Run) -> dict[str, Any]:
     negative = profile.text.negative if request.negative is None else request.negative
     return {
         "format": FORMAT,
-        "output": run.output.name,
+        "output": printable(run.output.name),
         "request": {
-            "source": run.source,
+            "source": printable(run.source),
             "fit": run.fit,
             "image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest(),
             "prompt": request.prompt,
@@ -59,10 +61,15 @@ def describe(run: Run) -> dict[str, Any]:
         "bundle": None if loaded.bundle is None else loaded.bundle.manifest.digest,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": dtype_name(loaded.dtype),
-        "weights": run.weights,
+        "weights": {printable(name): value for name, value in run.weights.items()},
         "versions": versions(),
         "seconds": {**run.seconds, "total": round(sum(run.seconds.values()), 4)},
     }
+
+
+def printable(name: str) -> str:
+    """A file's name as text, with what is no UTF-8 in it replaced; Python holds those bytes as lone surrogates."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -108,7 +115,7 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record so that it appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     try:
         part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(path)

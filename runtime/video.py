@@ -48,8 +48,8 @@ def to_yuv(frame: np.ndarray, pixel_format: str = "yuv420p") -> av.VideoFrame:
 class VideoWriter:
     """A context manager that encodes RGB frames to `path` as H.264, yuv420p, BT.709 limited range.
 
-    Frames go to `<path>.part`, which takes the name `path` when the block ends well and is deleted when it does not;
-    until then an existing file stays as it is. crf (0 to 51, lower is better) and preset are those of x264.
+    Frames go to a `.part` file beside it, which takes the name `path` when the block ends well and is deleted when it
+    does not; until then an existing file stays as it is. crf (0 to 51, lower is better) and preset are those of x264.
     Raises MediaError for a path, size or setting that cannot work, for wrong or no frames, and for a failed write.
     """
 

@@ -248,19 +248,19 @@ def test_the_log_goes_to_one_callback():
         if "started" in text:
             raise RuntimeError("a callback that fails loses its line only")
         if "finished" in text:
-            statuses.append(capi.destroy(handle)[0])
+            statuses.extend(capi.destroy(number)[0] for number in (handle, second))
 
     statuses: list[Status] = []
-    handle = 0
+    handle, second = 0, opened(frames=13)
     assert capi.set_log(note) == (Status.OK, None)
     handle = opened(frames=13)
     capi.submit(handle, "{}", pixels())
     fetch(handle)
     while not statuses:
         time.sleep(0.01)
-    assert statuses == [Status.INVALID_STATE], "the worker cannot wait for itself"
+    assert statuses == [Status.INVALID_STATE] * 2, "its own worker, and one that has a line to say before it ends"
     capi.set_log(None)
-    capi.destroy(handle)
+    assert capi.destroy(handle) == capi.destroy(second) == (Status.OK, None)
     said = [(level, text.partition(": ")[2]) for level, text in lines if text.startswith(f"session {handle}: ")]
     assert said == [(20, "opened, tiny, 13 frames of 128x64 on cpu"), (20, "request started"), (20, "request finished")]
     assert not logging.getLogger("swifti2v").handlers

@@ -43,6 +43,8 @@ def test_wrong_images_are_refused(handle: int, request_: str, rows: Pixels | Non
         ('{"profile": "tiny", "size": [128]}', Status.INVALID_JSON, "want [width, height]"),
         ('{"profile": "tiny", "device": "tpu"}', Status.INVALID_JSON, "want auto, cpu, cuda"),
         ('{"profile": "tiny", "device": "cuda:99"}', Status.ENVIRONMENT, "want one this machine has"),
+        ('{"profile": "tiny", "device": "cuda:256"}', Status.ENVIRONMENT, "want one this machine has"),
+        ('{"profile": "tiny", "device": "cuda:999"}', Status.ENVIRONMENT, "want one this machine has"),
         ('{"profile": "tiny", "model_dir": "/nowhere"}', Status.MODEL, "want a folder"),
         ('{"profile": "tiny", "models": {"stage3": "x"}}', Status.INVALID_JSON, "got stage3"),
         ('{"profile": "tiny", "loras": {"stage2": [{"path": "x"}]}}', Status.INVALID_JSON, "missing ['strength']"),

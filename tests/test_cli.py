@@ -245,7 +245,23 @@ def test_a_model_folder_makes_a_clip_and_a_foreign_lora_does_not(tmp_path: Path,
     ran = swifti2v(*command, f"stage2={tmp_path / 'good.safetensors'}@0.5", "--json")
     assert ran.returncode == 0, ran.stderr
     weights = json.loads(ran.stdout)["result"]["weights"]
-    assert weights.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 0.5 * good.safetensors"}
+    assert weights.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 1. 0.5 * good.safetensors"}
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path):
+    """As old archives have them; the clip keeps the name, the record says it as far as it can be read."""
+    photo, clip = tmp_path / os.fsdecode(b"caf\xe9.jpg"), tmp_path / os.fsdecode(b"\xe9.mp4")
+    photo.write_bytes(PHOTO.read_bytes())
+    few = ["--frames", 13, "--size", "64x64", "--stage1-steps", 1, "--stage2-steps", 1]
+    ran = swifti2v("generate", photo, "-o", clip, *TINY, *few, "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)["result"]
+    assert (record["request"]["source"], record["output"]) == (
+        "caf\N{REPLACEMENT CHARACTER}.jpg",
+        "\N{REPLACEMENT CHARACTER}.mp4",
+    )
+    assert json.loads(clip.with_name(clip.name + ".json").read_text(encoding="utf-8")) == record
+    assert swifti2v("generate", photo, "-o", clip, *TINY, *few).returncode == 0
 
 
 def test_an_existing_clip_stays_until_the_new_one_is_whole(tmp_path: Path):

@@ -1,7 +1,9 @@
 """Farm jobs: workers that are killed, disks that fill, two workers on one folder. The frames are the same each time."""
 
 import contextlib
+import errno
 import json
+import os
 import random
 import subprocess
 import threading
@@ -16,10 +18,10 @@ import torch
 from farm_support import Workers, contents, frames, make_farm, open_models, shot
 from PIL import Image
 
-from swifti2v import Session
+from swifti2v import Session, load_models
 from swifti2v.engine.errors import EnvironmentMismatch
 from swifti2v.runtime.farm import Farm, News
-from swifti2v.runtime.farm_errors import FarmError
+from swifti2v.runtime.farm_errors import FarmError, is_transient
 from swifti2v.runtime.farm_folder import LOCK, RECORD, STATE
 from swifti2v.runtime.farm_state import Saved, load_state, save_state
 
@@ -209,7 +211,7 @@ def begin(farm: Farm, segments: int) -> None:
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2] ^= 0x81  # no ASCII any more
     path.write_bytes(data)
 
 
@@ -248,6 +250,38 @@ def test_a_different_worker_is_refused_unless_told(farm_at, tmp_path: Path):
     assert render(replace(other, allow_different=True)) == ["done"]
 
 
+def test_a_shot_goes_on_in_another_dtype_if_told(farm_at, tmp_path: Path):
+    job = tmp_path / "job"
+    begin(farm_at(job), 1)
+    before = contents(job)
+    loaded = load_models(farm_at(job).loaded.profile, dtype=torch.bfloat16)
+    told: list[News] = []
+    with Session.open(loaded) as session:
+        assert render(make_farm(job, loaded, session, allow_different=True), news=told.append) == ["done"]
+    assert not any("starts over" in news.text for news in told)
+    assert {name: contents(job)[name] for name in before} == before
+
+
+def test_memory_that_ran_out_is_tried_again():
+    with pytest.raises(RuntimeError) as torch_error:
+        torch.empty(1 << 56)
+    with pytest.raises(MemoryError) as numpy_error:
+        np.empty(1 << 56)
+    assert is_transient(torch_error.value)
+    assert is_transient(numpy_error.value)
+    assert is_transient(OSError(errno.ENOMEM, "no memory"))
+    assert not is_transient(RuntimeError("shapes differ"))
+
+
+def test_a_disk_without_links_holds_a_job(farm_at, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert render(farm_at(tmp_path / "job")) == ["done"]
+    assert not list((tmp_path / "job").glob("*.part"))
+
+
 def test_another_profile_or_format_is_another_job(farm_at, tmp_path: Path):
     job = tmp_path / "job"
     begin(farm_at(job), 1)
@@ -279,17 +313,17 @@ def tensors(saved: Saved) -> list[torch.Tensor]:
 def test_a_state_comes_back_as_it_was(farm_at, tmp_path: Path):
     begin(farm_at(tmp_path / "job"), 2)
     path = tmp_path / "job" / "a" / STATE
-    saved = load_state(path, torch.device("cpu"))
+    saved = load_state(path, torch.device("cpu"), torch.float32)
     assert saved.state.segment == 2
     assert saved.motion.shape[2] == 9
     save_state(tmp_path / "again", saved)
-    again = load_state(tmp_path / "again", torch.device("cpu"))
+    again = load_state(tmp_path / "again", torch.device("cpu"), torch.float32)
     assert again.state.segment == 2
     for one, other in zip(tensors(saved), tensors(again), strict=True):
         assert torch.equal(one, other)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FarmError, match="the shot starts over"):
-        load_state(path, torch.device("cpu"))
+        load_state(path, torch.device("cpu"), torch.float32)
 
 
 def test_a_worker_that_wakes_up_too_late_writes_nothing_more(farm_at, whole, tmp_path: Path):

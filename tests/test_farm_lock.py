@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swifti2v.runtime.farm_errors import LockLost
+from swifti2v.runtime.farm_folder import Asked, ShotFolder
 from swifti2v.runtime.farm_lock import ShotLock, is_held
 
 HOLD = """
@@ -27,6 +28,22 @@ def elsewhere(path: Path, age: float) -> None:
     """A lock of another machine whose last heartbeat is so many seconds ago."""
     path.write_text(json.dumps({"host": "other", "pid": 1, "boot": "another boot", "token": "t"}))
     os.utime(path, (time.time() - age, time.time() - age))
+
+
+def test_a_holder_that_clears_up_does_not_disturb_a_visitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a file system knows no flock, a visitor of a held lock writes a probe beside it."""
+    (tmp_path / "job.json").write_text("{}")
+    folder, asked, touch = ShotFolder(tmp_path, "a"), Asked("", "", None, 0, "crop"), Path.touch
+    folder.make()
+    elsewhere(folder.lock, 1)
+
+    def clear_up(path: Path, **options: bool) -> None:
+        touch(path, **options)
+        folder.begin(asked)
+
+    monkeypatch.setattr(Path, "touch", clear_up)
+    assert is_held(folder.lock)
+    assert not list(folder.path.glob("lock.*"))
 
 
 def test_one_holder_at_a_time(tmp_path: Path):

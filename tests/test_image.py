@@ -162,9 +162,22 @@ def test_a_profile_that_is_broken_or_of_another_kind_counts_as_absent(tmp_path: 
     assert load_image(tmp_path / "a.png").getpixel((5, 5)) == (180, 120, 90)
 
 
-def test_damaged_metadata_does_no_harm(tmp_path: Path):
-    solid("L", 50).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
-    assert load_image(tmp_path / "a.jpg").getpixel((5, 5)) == (50, 50, 50)
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", b"Exif\0\0no header of TIFF", b"Exif\0\0"]
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_metadata_does_no_harm(tmp_path: Path, exif: bytes, suffix: str):
+    solid("RGB", (50, 50, 50)).save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0" + exif, dpi=(72, 72))
+    assert load_image(tmp_path / f"a.{suffix}").getpixel((5, 5)) == (50, 50, 50)
+
+
+def test_a_turned_picture_may_have_other_tags_that_are_wrong(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, and a resolution
+    data = bytearray(exif.tobytes())
+    data[data.index(b"\x01\x1a") + 3] = 7  # of no known use: undefined bytes
+    Image.new("L", (64, 32)).save(tmp_path / "a.png", exif=bytes(data))
+    assert load_image(tmp_path / "a.png").size == (32, 64)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path: Path):

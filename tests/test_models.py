@@ -1,5 +1,6 @@
 """From a model folder to a clip: every path resolved, every mismatch refused, the pixels those of the modules."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,12 @@ def test_fingerprints_are_remembered_until_a_file_changes(folder: Path, tmp_path
     assert known_fingerprint(model, cache) == "0" * 64, "it is read, not computed again"
     shutil.copytree(folder / "vae1", model, dirs_exist_ok=True)
     assert known_fingerprint(model, cache) not in (first, "0" * 64)
+    index = model / f"{FILE_NAME}.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(model / FILE_NAME), FILE_NAME)}))
+    by_index = known_fingerprint(index, cache)
+    state = load_file(model / FILE_NAME)
+    save_file({name: value + 1 for name, value in state.items()}, model / FILE_NAME)
+    assert known_fingerprint(index, cache) != by_index, "a shard of the same names and size"
 
 
 def test_inspection_tells_kinds_apart(folder: Path, tmp_path: Path):
@@ -204,7 +211,13 @@ def test_a_run_has_a_fingerprint_for_every_model(tiny: Profile, folder: Path, tm
     save_file({"diffusion_model.head.head.diff": torch.ones(24, 24)}, tmp_path / "l.safetensors")
     paths = find_models(tiny, folder, ModelPaths(loras={"stage2": ((tmp_path / "l.safetensors", 0.5),)}))
     found = fingerprints(paths, load_models(tiny, paths, dtype=FP32), tmp_path / "cache")
-    assert found.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 0.5 * l.safetensors"}
+    assert found.keys() == {"stage1", "stage2", "vae1", "vae2", "text", "stage2 + 1. 0.5 * l.safetensors"}
     assert len(set(found.values())) == 6
+    (tmp_path / "b").mkdir()
+    save_file({"diffusion_model.head.head.diff": torch.zeros(24, 24)}, tmp_path / "b" / "l.safetensors")
+    both = {"stage2": ((tmp_path / "l.safetensors", 0.5), (tmp_path / "b" / "l.safetensors", 0.5))}
+    paths = find_models(tiny, folder, ModelPaths(loras=both))
+    again = fingerprints(paths, load_models(tiny, paths, dtype=FP32), tmp_path / "cache")
+    assert len(set(again.values())) == 7, "of the same name, and both are there"
     untrained = load_models(tiny, dtype=FP32)
     assert fingerprints(find_models(tiny), untrained, tmp_path) == {"all": "untrained-0"}

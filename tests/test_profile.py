@@ -73,6 +73,7 @@ def test_overrides():
         ({"stage1_steps": 0}, "steps: got 0"),
         ({"shift": 0.0}, "shift: got 0"),
         ({"shift": float("nan")}, "shift: got nan"),
+        ({"shift": 2.0**53}, "want 0.001 to 1000"),
         ({"stage1_guidance": float("inf")}, "guidance: got inf"),
     ],
 )

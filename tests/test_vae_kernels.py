@@ -101,7 +101,7 @@ def test_a_saved_state_keeps_its_layouts(config: VAEConfig, tmp_path: Path):
     motion, anchor, latents, reference = (torch.zeros(1, 2, 1, 3, 5) for _ in range(4))
     state = SegmentState(1, anchor, latents, reference, (), caches, ())
     save_state(tmp_path / "state", Saved(motion, state))
-    loaded = load_state(tmp_path / "state", torch.device("cpu")).state.reference_cache
+    loaded = load_state(tmp_path / "state", torch.device("cpu"), torch.float32).state.reference_cache
     assert all(torch.equal(a, b) for a, b in zip(loaded, caches, strict=True))
     got, want = ([c.is_contiguous(memory_format=torch.channels_last_3d) for c in some] for some in (loaded, caches))
     assert got == want

@@ -117,12 +117,26 @@ def test_an_interrupted_clip_leaves_nothing_and_keeps_the_old(tmp_path: Path, er
     video = VideoWriter(target, WIDTH, HEIGHT, 24)
     with pytest.raises(error), video:  # noqa: PT012
         video.write(moving(60))
-        assert (tmp_path / "a.mp4.part").exists()
+        assert list(tmp_path.glob("a.mp4.*.part"))
         assert target.read_bytes() == b"old"
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert target.read_bytes() == b"old"
     assert len(decode(write(target, solid(1, 2)))) == 2
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path):
+    one, other = (VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, 24, preset="veryfast") for _ in range(2))
+    with one:
+        one.write(solid(50, 3))
+        with other:
+            other.write(solid(200, 5))
+        assert len(decode(tmp_path / "a.mp4")) == 5
+        one.write(solid(50, 4))
+    made = decode(tmp_path / "a.mp4")
+    assert len(made) == 7
+    assert all(abs(to_rgb(frame).mean() - 50) < 3 for frame in made), "the last to finish, whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_no_frames_is_an_error_and_leaves_nothing(tmp_path: Path):
@@ -159,19 +173,17 @@ def refusal(path: Path, **settings) -> str:
 
 def test_what_cannot_be_opened(tmp_path: Path):
     (tmp_path / "folder.mp4").mkdir()
-    (tmp_path / "taken.mp4.part").mkdir()
     assert "name the file clip.mp4" in refusal(tmp_path / "clip.mov")
     assert "want .mp4" in refusal(tmp_path / "clip")
     assert "got a folder" in refusal(tmp_path / "folder.mp4")
     assert "got a folder" in refusal(tmp_path)
     assert "create it first" in refusal(tmp_path / "missing" / "a.mp4")
-    assert "Is a directory" in refusal(tmp_path / "taken.mp4")
     assert "too long" in refusal(tmp_path / ("a" * 250 + ".mp4"))
     assert "65x64" in refusal(tmp_path / "a.mp4", width=65)
     assert "64x0" in refusal(tmp_path / "a.mp4", height=0)
     assert "positive" in refusal(tmp_path / "a.mp4", fps=0)
     assert "check crf and preset" in refusal(tmp_path / "a.mp4", preset="warp")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.mp4", "taken.mp4.part"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.mp4"]
 
 
 def test_a_folder_without_write_permission(tmp_path: Path):
