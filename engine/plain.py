@@ -40,7 +40,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
         dtype = getattr(torch, value, None) if isinstance(value, str) else None
         return _want(isinstance(dtype, torch.dtype), dtype, "the name of a dtype", place)
     if kind is float:
-        return float(_want(type(value) in (int, float), value, "a number", place))
+        fits = type(value) is float or (type(value) is int and abs(value) < 2**1000)
+        return float(_want(fits, value, "a number", place))
     return _want(type(value) is kind, value, kind.__name__, place)
 
 

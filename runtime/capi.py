@@ -22,7 +22,7 @@ from .. import __version__
 from ..engine.segments import plan_segments
 from .capi_json import Pixels, open_models, read_config, read_request
 from .capi_status import API_VERSION, CallError, Status, status_of, text_of
-from .capi_worker import LOG, Place, Worker
+from .capi_worker import Place, Worker, say
 from .session import FrameChunk, Session
 
 __all__ = [
@@ -105,17 +105,24 @@ class _LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.callback is None:
             return
-        _TABLE.thread.logs = True
+        before, _TABLE.thread.logs = getattr(_TABLE.thread, "logs", False), True
         try:
             self.callback(record.levelno, record.getMessage())
         except Exception:  # a callback that raises loses its line; the run goes on
             pass
         finally:
-            _TABLE.thread.logs = False
+            _TABLE.thread.logs = before
 
 
 _TABLE = _Table()
 _LOG = _LogHandler()
+
+
+def _outside_callback(what: str) -> None:
+    """Refuse what may wait for another thread: the handler is locked while its callback runs, and that one may log."""
+    if getattr(_TABLE.thread, "logs", False):
+        want = "want it outside; do it there, or wait 0 seconds"
+        raise CallError(Status.INVALID_STATE, f"{what}: got called from a log callback, {want}")
 
 
 def _flat(function: Callable[P, Answer[R]]) -> Callable[P, Answer[R]]:
@@ -156,6 +163,7 @@ def version() -> Answer[tuple[int, str]]:
 @_flat
 def create(config: str | bytes) -> Answer[int]:
     """Open a session on what a JSON object names (`capi_json.Config`), and give its handle, never 0."""
+    _outside_callback("create")
     wanted = read_config(config)
     handle = _TABLE.number()
     with _TABLE.opening:
@@ -163,19 +171,14 @@ def create(config: str | bytes) -> Answer[int]:
     _TABLE.add(handle, Worker(session, f"session {handle}", wanted.queue))
     profile = session.profile
     size = f"{profile.frames} frames of {profile.width}x{profile.height}"
-    LOG.info("session %d: opened, %s, %s on %s", handle, profile.name, size, session.device)
+    say(logging.INFO, f"session {handle}: opened, {profile.name}, {size} on {session.device}")
     return Status.OK, handle
 
 
 @_flat
 def destroy(handle: int) -> Answer[None]:
-    """Cancel what runs, wait for its current step to end, free everything, borrowed segments too.
-
-    Not from a log callback: the handler is locked meanwhile, and the session may have a line to say before it ends.
-    """
-    if getattr(_TABLE.thread, "logs", False):
-        want = "want it outside the callback; destroy it there"
-        raise CallError(Status.INVALID_STATE, f"session {handle}: got destroyed from a log callback, {want}")
+    """Cancel what runs, wait for its current step to end, free everything, borrowed segments too."""
+    _outside_callback("destroy")
     _TABLE.find(handle).worker.close()
     _TABLE.find(handle, take=True)
     return Status.OK, None
@@ -294,4 +297,6 @@ def _seconds(timeout: float) -> float | None:
     """None for ever; anything that is no number is refused."""
     if not isinstance(timeout, (int, float)) or isnan(timeout):
         raise CallError(Status.INVALID_ARGUMENT, f"timeout: got {timeout!r}, want seconds; pass -1 to wait for ever")
+    if timeout != 0:
+        _outside_callback("waiting")
     return None if timeout < 0 else min(timeout, threading.TIMEOUT_MAX)

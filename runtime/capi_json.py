@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from .acceleration import KernelChoice, check_acceleration
 from .backend_fit import device_of
 from .bundle import load_bundle
 from .capi_status import API_VERSION, CallError, Status
+from .capi_worker import say
 from .cli_bundle import bundle_paths
 from .cli_options import PROFILE_KEYS, make_profile, pick_device
 from .fused import accelerate
@@ -26,7 +28,6 @@ from .model_paths import ModelPaths
 from .models import Loaded, load_models
 from .session import Request
 
-LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_BYTES = 1 << 20
 MOST = {"frames": 100_001, "noisy": 10_000, "neighbours": 10_000, "stage1_steps": 1000, "stage2_steps": 1000}
@@ -134,7 +135,7 @@ def open_models(config: Config) -> Loaded:
         raise _refusal(f"config.dtype: got {config.dtype}, want {opened.manifest.precision}, as the bundle was built")
     else:
         loaded = load_bundle(bundle, profile, paths, device, cache)
-    return accelerate(loaded, config.kernels, config.cuda_graphs, cache, LOG.info)
+    return accelerate(loaded, config.kernels, config.cuda_graphs, cache, partial(say, logging.INFO))
 
 
 def read_request(text: str | bytes, pixels: Pixels | None, width: int, height: int) -> Request:

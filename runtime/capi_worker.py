@@ -3,6 +3,7 @@
 Finished segments wait in a queue of a few; when it is full, generation waits for the caller.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -21,6 +22,12 @@ from .session import FrameChunk, Progress, Request, Session
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 STAGES = {"prompt": Stage.PROMPT, "stage1": Stage.STAGE1, "stage2": Stage.STAGE2}
+
+
+def say(level: int, text: str) -> None:
+    """A line of the log. A handler of the host that raises loses it: no request and no session ends by that."""
+    with contextlib.suppress(Exception):
+        LOG.log(level, text)
 
 
 class Place(NamedTuple):
@@ -135,23 +142,23 @@ class Worker:
 
     def _serve(self) -> None:
         while (run := self._next_run()) is not None:
-            LOG.info("%s: request started", self._name)
+            say(logging.INFO, f"{self._name}: request started")
             state, failure = State.FINISHED, None
             try:
                 for chunk in self._session.generate(run.request, partial(self._note, run)):
                     self._put(run, chunk)
             except Cancelled:
                 state = State.CANCELLED
-            except Exception as error:  # every one ends this request, and none the thread
+            except BaseException as error:  # every one ends this request, and none the thread
                 state, failure = State.FAILED, (status_of(error), text_of(error))
-                LOG.error("%s: %s", self._name, failure[1])
+                say(logging.ERROR, f"{self._name}: {failure[1]}")
             with self._changed:
                 if run.state is State.RUNNING:
                     run.state, run.failure = state, failure
                 self._changed.notify_all()
-            LOG.info("%s: request %s", self._name, run.state.name.lower())
+            say(logging.INFO, f"{self._name}: request {run.state.name.lower()}")
         self._session.close()
-        LOG.info("%s: closed", self._name)
+        say(logging.INFO, f"{self._name}: closed")
 
     def _next_run(self) -> Run | None:
         with self._changed:

@@ -38,10 +38,10 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     pixels; sizes are judged from the header, before anything is decoded.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "something that is not a file" if path.exists() else "no such file"
-        raise MediaError(f"image {path}: got {found}, want an image file; check the path")
     try:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "something that is not a file" if path.exists() else "no such file"
+            raise MediaError(f"image {path}: got {found}, want an image file; check the path")
         with path.open("rb") as file, warnings.catch_warnings():
             # Pillow warns about sizes that are refused here anyway, and about odd metadata that does no harm.
             warnings.simplefilter("ignore")

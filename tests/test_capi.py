@@ -248,7 +248,10 @@ def test_the_log_goes_to_one_callback():
         if "started" in text:
             raise RuntimeError("a callback that fails loses its line only")
         if "finished" in text:
+            logging.getLogger("swifti2v").info("a line within a line")
             statuses.extend(capi.destroy(number)[0] for number in (handle, second))
+            statuses.extend((capi.borrow_segment(handle)[0], capi.create("{}")[0]))
+            statuses.append(capi.borrow_segment(second, 0)[0])
 
     statuses: list[Status] = []
     handle, second = 0, opened(frames=13)
@@ -256,15 +259,37 @@ def test_the_log_goes_to_one_callback():
     handle = opened(frames=13)
     capi.submit(handle, "{}", pixels())
     fetch(handle)
-    while not statuses:
+    while len(statuses) < 5:
         time.sleep(0.01)
-    assert statuses == [Status.INVALID_STATE] * 2, "its own worker, and one that has a line to say before it ends"
+    assert statuses[:4] == [Status.INVALID_STATE] * 4, "what could wait for who has a line to say"
+    assert statuses[4:] == [Status.INVALID_STATE]
+    assert "no request yet" in capi.last_error(second)[1]
     capi.set_log(None)
     assert capi.destroy(handle) == capi.destroy(second) == (Status.OK, None)
     said = [(level, text.partition(": ")[2]) for level, text in lines if text.startswith(f"session {handle}: ")]
     assert said == [(20, "opened, tiny, 13 frames of 128x64 on cpu"), (20, "request started"), (20, "request finished")]
     assert not logging.getLogger("swifti2v").handlers
     assert capi.set_log("no function")[0] == Status.INVALID_ARGUMENT  # type: ignore[arg-type]
+
+
+def test_a_log_handler_of_the_host_that_raises_ends_nothing():
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError(record.getMessage())
+
+    broken = Broken()
+    logger = logging.getLogger("swifti2v")
+    level = logger.level
+    logger.addHandler(broken)
+    logger.setLevel(logging.INFO)
+    try:
+        handle = opened(frames=13)
+        assert capi.submit(handle, "{}", pixels())[0] == Status.OK
+        fetch(handle)
+        assert capi.destroy(handle) == (Status.OK, None)
+    finally:
+        logger.removeHandler(broken)
+        logger.setLevel(level)
 
 
 def test_a_session_opens_a_bundle(tmp_path: Path):

@@ -53,6 +53,7 @@ def test_wrong_images_are_refused(handle: int, request_: str, rows: Pixels | Non
         ("{}", Status.INVALID_JSON, "neither a bundle nor a profile"),
         ('{"profile": "tiny", "profile": "nano"}', Status.INVALID_JSON, "a field twice"),
         ('{"profile": "tiny", "shift": 1e999}', Status.INVALID_JSON, "want one that is finite"),
+        (f'{{"profile": "tiny", "shift": 1{"0" * 400}}}', Status.INVALID_JSON, "want a number"),
         ('{"profile": "tiny", "cache": "\\u0000"}', Status.INVALID_JSON, "NUL"),
         ("[" * 100_000, Status.INVALID_JSON, "no valid JSON"),
         (b'{"profile": "\xff"}', Status.INVALID_JSON, "no valid JSON"),

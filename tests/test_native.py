@@ -132,6 +132,8 @@ def test_the_example_says_what_is_wrong(tree: Path, ppm: Path, tmp_path: Path):
     assert refused.stderr.startswith("session: INVALID_JSON: profile: got 'huge', want one of")
     (tmp_path / "cut.ppm").write_bytes(ppm.read_bytes()[:100])
     assert run([program, "cut.ppm", "."], tmp_path).returncode == 1
+    (tmp_path / "deep.ppm").write_bytes(b"P6\n192 128\n65535\n" + bytes(2 * 3 * 192 * 128))
+    assert run([program, "deep.ppm", "."], tmp_path).returncode == 1
     assert run([program, str(ppm), ".", "--prompt"], tmp_path).returncode == 2
 
 
@@ -152,6 +154,8 @@ def test_a_missing_package_is_said_in_every_thread(tree: Path, library: Path, em
     )
     wrong = {"SWIFTI2V_PYTHON": "python3", "PYTHONPATH": str(tree)}
     assert "got python3 from $SWIFTI2V_PYTHON" in done(run([host, str(library), "refused", "absolute"], tree, **wrong))
+    folder = {"SWIFTI2V_PYTHON": str(empty)}
+    assert f"got {empty} from" in done(run([host, str(library), "refused", "absolute"], tree, **folder))
 
 
 def test_the_environment_it_is_installed_in_is_found(tree: Path, library: Path, empty: Path):
@@ -160,6 +164,12 @@ def test_the_environment_it_is_installed_in_is_found(tree: Path, library: Path, 
     inside.parent.mkdir()
     shutil.copy(library, inside)
     done(run([host, str(inside), "refused", f"in the environment of {empty / 'bin' / 'python'};"], tree))
+    moved = shutil.copytree(empty, empty.parent / "moved", symlinks=True)
+    (moved / "bin" / "python").unlink()
+    said = done(run([host, str(moved / "lib" / "deep" / inside.name), "refused", "absolute"], tree))
+    assert f"got {moved / 'bin' / 'python'} from the virtual environment of this library" in said, (
+        "and no other is taken"
+    )
 
 
 @pytest.fixture
@@ -180,6 +190,10 @@ def test_it_joins_a_host_that_runs_python(loaded: ctypes.CDLL, library: Path):
     assert capi.info(handle.value)[0] == Status.OK, "one table of sessions for the process"
     assert loaded.swifti2v_submit(handle, b'{"image": "/nowhere.png"}', None) == Status.INVALID_IMAGE
     assert capi.last_error(handle.value)[1] == loaded.swifti2v_last_error(handle).decode()
+    for padding in ("", "x", "xx"):
+        ask = ('{"image": "/' + padding + "€" * 3000 + '"}').encode()
+        assert loaded.swifti2v_submit(handle, ask, None) == Status.INVALID_IMAGE, "a name that no file system has"
+        assert loaded.swifti2v_last_error(handle).decode().endswith("€")
     assert loaded.swifti2v_destroy(handle) == Status.OK
     assert capi.info(handle.value)[0] == Status.INVALID_HANDLE
 

@@ -7,6 +7,7 @@
  */
 #include <swifti2v.h>
 
+#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,12 +51,12 @@ static int read_options(int count, char **words, options *given)
 static int read_ppm(const char *path, swifti2v_image *image)
 {
     FILE *file = fopen(path, "rb");
-    unsigned width = 0, height = 0;
+    unsigned width = 0, height = 0, most = 0;
     if (file == NULL) {
         return 0;
     }
-    int ok = fscanf(file, "P6 %u %u 255", &width, &height) == 2 && fgetc(file) != EOF && width > 0 && width <= 16384
-          && height > 0 && height <= 16384;
+    int ok = fscanf(file, "P6 %u %u %u", &width, &height, &most) == 3 && most == 255 && isspace(fgetc(file)) && width > 0
+          && width <= 16384 && height > 0 && height <= 16384;
     size_t bytes = (size_t)width * height * 3;
     uint8_t *rgb = ok ? malloc(bytes) : NULL;
     ok = rgb != NULL && fread(rgb, 1, bytes, file) == bytes;

@@ -148,7 +148,8 @@ SWIFTI2V_API const char *swifti2v_status_name(int32_t status);
 
 /*
  * The text of the last failed call: of a session, or, for 0, of this thread; where this thread has none, why the
- * library could not start. Never NULL. Valid until this thread calls swifti2v_last_error again.
+ * library could not start. A pointer or struct that is refused is said for 0 alone. Never NULL. Valid until this thread
+ * calls swifti2v_last_error again.
  */
 SWIFTI2V_API const char *swifti2v_last_error(swifti2v_session session);
 
@@ -185,7 +186,10 @@ SWIFTI2V_API swifti2v_status swifti2v_release_segment(swifti2v_session session, 
 /* Stop the request after its current step and drop what was not fetched; the next may be submitted at once. */
 SWIFTI2V_API swifti2v_status swifti2v_cancel(swifti2v_session session);
 
-/* Gets a line of the package's log: level 20 info, 30 warning, 40 error. Called from any thread; may not destroy. */
+/*
+ * Gets a line of the package's log: level 20 info, 30 warning, 40 error. Called from any thread. From here create,
+ * destroy and waiting for a segment (timeout_ms other than 0) give INVALID_STATE: others may be waiting to log.
+ */
 typedef void (*swifti2v_log_callback)(int32_t level, const char *text, void *user);
 
 /*

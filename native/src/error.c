@@ -6,16 +6,29 @@
 
 static _Thread_local char text[4096];
 
+/* Ends a text that did not fit into `size` bytes, so that no half of a UTF-8 character stays. */
+static void cut(char *cut_text, size_t size)
+{
+    size_t end = size - 1;
+    while (end > 0 && ((unsigned char)cut_text[end - 1] & 0xC0) == 0x80) {
+        end--;
+    }
+    cut_text[end > 0 ? end - 1 : 0] = '\0';
+}
+
+void swifti2v_copy_text(char *to, size_t size, const char *from)
+{
+    if (snprintf(to, size, "%s", from) >= (int)size) {
+        cut(to, size);
+    }
+}
+
 swifti2v_status swifti2v_fail(swifti2v_status status, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
-    size_t end = sizeof text - 1;
-    if (vsnprintf(text, sizeof text, format, arguments) > (int)end) {
-        while (end > 0 && ((unsigned char)text[end - 1] & 0xC0) == 0x80) {
-            end--; /* no half of a UTF-8 character stays */
-        }
-        text[end > 0 ? end - 1 : 0] = '\0';
+    if (vsnprintf(text, sizeof text, format, arguments) >= (int)sizeof text) {
+        cut(text, sizeof text);
     }
     va_end(arguments);
     return status;

@@ -10,6 +10,9 @@
 /* Keeps a text for swifti2v_last_error(0) of this thread, and gives the status back. */
 swifti2v_status swifti2v_fail(swifti2v_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* Copies a text, cut between UTF-8 characters where it does not fit. */
+void swifti2v_copy_text(char *to, size_t size, const char *from);
+
 /* The text that this thread keeps; empty if it has none. */
 const char *swifti2v_thread_error(void);
 

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -26,13 +27,19 @@ static int find_beside_library(char *path, size_t size)
         *slash = '\0';
         int fits = snprintf(path, size, "%s/pyvenv.cfg", folder) < (int)size;
         if (fits && access(path, R_OK) == 0) {
-            return snprintf(path, size, "%s/bin/python", folder) < (int)size && access(path, X_OK) == 0;
+            return snprintf(path, size, "%s/bin/python", folder) < (int)size;
         }
     }
     return 0;
 }
 
-/* The interpreter whose environment is used, and where that choice comes from. */
+static int is_program(const char *path)
+{
+    struct stat found;
+    return path[0] == '/' && stat(path, &found) == 0 && S_ISREG(found.st_mode) && access(path, X_OK) == 0;
+}
+
+/* The interpreter whose environment is used: the first that is named, whether it works or not. */
 static int find_python(char *path, size_t size)
 {
     const char *named = getenv("SWIFTI2V_PYTHON");
@@ -41,12 +48,12 @@ static int find_python(char *path, size_t size)
     if (named != NULL && named[0] != '\0') {
         fits = snprintf(path, size, "%s", named) < (int)size;
     } else if (find_beside_library(path, size)) {
-        return 1;
+        from = "the virtual environment of this library";
     } else {
         from = "the build of this library";
         fits = snprintf(path, size, "%s", SWIFTI2V_BUILD_PYTHON) < (int)size;
     }
-    if (fits && path[0] == '/' && access(path, X_OK) == 0) {
+    if (fits && is_program(path)) {
         return 1;
     }
     snprintf(error, sizeof error,
@@ -143,10 +150,21 @@ static void start(void)
     PyEval_SaveThread(); /* from here on no thread holds the GIL between calls; Python is never finalized */
 }
 
+/* As PyGILState_Check, which says yes to every thread once the host has made a subinterpreter. */
+static int holds_gil(void)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyThreadState *current = PyThreadState_GetUnchecked();
+#else
+    PyThreadState *current = _PyThreadState_UncheckedGet();
+#endif
+    return current != NULL && current == PyGILState_GetThisThreadState();
+}
+
 swifti2v_status swifti2v_start_once(void)
 {
     /* A caller that holds the GIL would keep it from the thread that starts. */
-    PyThreadState *held = Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : NULL;
+    PyThreadState *held = Py_IsInitialized() && holds_gil() ? PyEval_SaveThread() : NULL;
     pthread_once(&once, start);
     if (held != NULL) {
         PyEval_RestoreThread(held);

@@ -37,7 +37,7 @@ swifti2v_status swifti2v_start(void)
 
 const char *swifti2v_version(void)
 {
-    static _Thread_local char text[64];
+    static char text[64]; /* written once, with the GIL held */
     PyGILState_STATE gil;
     PyObject *result;
     int api;
@@ -47,7 +47,7 @@ const char *swifti2v_version(void)
         return NULL;
     }
     status = swifti2v_call("version", &result, "()");
-    if (status == SWIFTI2V_OK && PyArg_ParseTuple(result, "is", &api, &version)) {
+    if (status == SWIFTI2V_OK && PyArg_ParseTuple(result, "is", &api, &version) && text[0] == '\0') {
         snprintf(text, sizeof text, "%s", version);
     }
     return swifti2v_leave(gil, status, result) == SWIFTI2V_OK ? text : NULL;
@@ -58,19 +58,20 @@ const char *swifti2v_last_error(swifti2v_session session)
     static _Thread_local char text[4096];
     PyGILState_STATE gil;
     PyObject *result;
-    if (session == 0) {
-        return swifti2v_thread_error()[0] != '\0' ? swifti2v_thread_error() : swifti2v_start_error();
+    swifti2v_status status = SWIFTI2V_FAILED;
+    if (session != 0 && (status = swifti2v_enter(&gil)) == SWIFTI2V_OK) {
+        status = swifti2v_call("last_error", &result, "(K)", (handle_t)session);
+        if (status == SWIFTI2V_OK) {
+            const char *said = PyUnicode_AsUTF8(result);
+            swifti2v_copy_text(text, sizeof text, said == NULL ? "" : said);
+        }
+        status = swifti2v_leave(gil, status, result);
     }
-    swifti2v_status status = swifti2v_enter(&gil);
-    if (status != SWIFTI2V_OK) {
-        return swifti2v_thread_error();
+    if (status != SWIFTI2V_OK) { /* a copy: the next call that fails writes over the thread's own */
+        const char *said = swifti2v_thread_error();
+        swifti2v_copy_text(text, sizeof text, said[0] != '\0' ? said : swifti2v_start_error());
     }
-    status = swifti2v_call("last_error", &result, "(K)", (handle_t)session);
-    if (status == SWIFTI2V_OK) {
-        const char *said = PyUnicode_AsUTF8(result);
-        snprintf(text, sizeof text, "%s", said == NULL ? "" : said);
-    }
-    return swifti2v_leave(gil, status, result) == SWIFTI2V_OK ? text : swifti2v_thread_error();
+    return text;
 }
 
 swifti2v_status swifti2v_create(const char *config_json, swifti2v_session *session)

@@ -74,6 +74,9 @@ static void wrong_contents(swifti2v_session session)
     CHECK(swifti2v_submit(session, "{\"seed\": \"three\"}", &image) == SWIFTI2V_INVALID_JSON);
     CHECK(strstr(swifti2v_last_error(session), "request.seed: got 'three', want int") != NULL);
     CHECK(strcmp(swifti2v_last_error(session), swifti2v_last_error(0)) == 0);
+    const char *said = swifti2v_last_error(0);
+    CHECK(swifti2v_destroy(0) == SWIFTI2V_INVALID_HANDLE);
+    CHECK(strstr(said, "request.seed: got 'three', want int") != NULL); /* until it is asked again */
     image.height = 65;
     CHECK(swifti2v_submit(session, REQUEST, &image) == SWIFTI2V_INVALID_IMAGE);
     image.height = 0;
