@@ -6,6 +6,7 @@ command which repairs it.
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside the file, then rename."""
-    part = path.with_name(path.name + PART)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")  # another process may write the same file
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
@@ -206,6 +207,8 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         manifest = from_plain(Manifest, fields, "manifest")
     except (PlainError, ProfileError) as error:
         raise BundleError(f"{path} {str(error).split(';')[0]}; {repair}") from error
+    except ArithmeticError as error:
+        raise BundleError(f"{path} profile: got sizes of 0 ({error}), want more; {repair}") from error
     _check(manifest, path, repair)
     return manifest
 
@@ -267,7 +270,7 @@ def _check(manifest: Manifest, path: Path, repair: str) -> None:
 def _rebuild(folder: Path, plain: Mapping[str, Any] | None = None) -> str:
     """The command for a bundle whose manifest may be unreadable: as much of it as can be told."""
     recipe = None
-    with suppress(PlainError, ProfileError, KeyError, TypeError):
+    with suppress(PlainError, ProfileError, KeyError, TypeError, ValueError, ArithmeticError):
         plain = plain or {}
         profile = from_plain(Profile, plain["profile"], "profile")
         backend, precision, arch = (str(plain[name]) for name in ("backend", "precision", "arch"))

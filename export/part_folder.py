@@ -1,5 +1,6 @@
 """The folder that a bundle grows in: one process at a time, finished graphs kept, renamed when it is whole."""
 
+import glob
 import json
 import os
 import shutil
@@ -26,9 +27,18 @@ Finished = tuple[Path, GraphRecord]  # a graph's record, and the folder that its
 
 
 def check_out(out: Path) -> None:
-    """Refuse to replace what is not a bundle."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
+    """Refuse to replace what is not a bundle; a damaged one still is."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_bundle(out)):
         raise BundleError(f"{out}: got something that is no bundle, want a new folder or a bundle; choose another -o")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder's manifest.json is one of ours, whole or not: other programs write files of that name."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return '"digest"' in text and '"format"' in text
 
 
 @contextmanager
@@ -96,9 +106,9 @@ def finish(part: Path, out: Path, manifest: Manifest) -> Bundle:
     write_manifest(part, manifest)
     written = read_bundle(part).manifest
     shutil.rmtree(part / RECORDS)
-    for left in out.parent.glob(f"{out.name}.old-*"):  # by a build that was killed just here
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.old{PART}"):  # by a build that was killed just here
         shutil.rmtree(left, ignore_errors=True)
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")  # the next build may be here before this one has cleaned up
+    old = out.with_name(f"{out.name}.{os.getpid()}.old{PART}")  # the next build may be here before this one cleans up
     if out.is_dir():
         out.rename(old)
     part.rename(out)

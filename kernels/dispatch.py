@@ -5,6 +5,7 @@ A backend is a name: `triton-...` (ours, one for each tile), `sdpa` (PyTorch's o
 where they lie; for the others joining them is part of what is measured.
 """
 
+import hashlib
 import statistics
 import time
 import warnings
@@ -12,19 +13,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention import attention
 from .launch import capability
 
-SDPA = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+ATEN = torch.ops.aten
+# PyTorch's own, called by name: sdpa_kernel would force them by flags that all threads of the process share.
+SDPA: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "cudnn": lambda q, k, v: ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0],
+    "flash": lambda q, k, v: ATEN._scaled_dot_product_flash_attention(q, k, v)[0],
+    "efficient": lambda q, k, v: ATEN._scaled_dot_product_efficient_attention(q, k, v, None, False)[0],
 }
 PACKAGES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface"}  # backend: module
 LIMIT = 2e-2  # relative error, several times what two right answers in bf16 differ by
@@ -57,6 +60,11 @@ class Timing:
     samples: tuple[float, ...] = ()
     error: float | None = None
     refused: str = ""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it would be the same again: memory that ran out may have been another program's."""
+        return not self.refused.startswith(torch.OutOfMemoryError.__name__)
 
     @property
     def milliseconds(self) -> float:
@@ -101,7 +109,8 @@ class ChoiceTable:
     def backend(self, shape: Shape, gpu: str) -> str:
         """The name to run: the measured best, or PyTorch's own choice for what nobody measured."""
         choice = self.find(shape, gpu)
-        return choice.best.backend if choice else "sdpa"
+        works = choice is not None and any(timing.milliseconds < float("inf") for timing in choice.timings)
+        return choice.best.backend if choice and works else "sdpa"
 
     def add(self, choice: Choice) -> "ChoiceTable":
         """With this choice in place of an older one for the same shape and GPU."""
@@ -123,8 +132,10 @@ class ChoiceTable:
 
 
 def installed() -> dict[str, str]:
-    """Versions of what attention can be run by: torch always, triton and the flash-attn packages where present."""
-    versions = {"torch": str(torch.__version__)}
+    """What measurements depend on: torch, our own kernels by a digest, triton and the flash-attn packages if there."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    versions = {"torch": str(torch.__version__), "kernels": digest[:16]}
     if find_spec("triton"):
         versions["triton"] = version("triton")
     for name, module in PACKAGES.items():
@@ -170,8 +181,7 @@ def run_backend(
     if name == "sdpa":
         y = attention(q, k, v)
     elif name in SDPA:
-        with sdpa_kernel(SDPA[name]):
-            y = attention(q, k, v)
+        y = SDPA[name](q, k, v)
     elif name in PACKAGES:
         return run_package(PACKAGES[name], q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     else:
@@ -208,10 +218,7 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """Make a call; why it failed in one line, with what PyTorch warned of meanwhile, or "" if it did not fail.
-
-    A forced attention says "No available kernel" in its error, and why there is none in its warnings.
-    """
+    """Make a call; why it failed in one line, with what PyTorch warned of meanwhile, or "" if it did not fail."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:

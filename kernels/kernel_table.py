@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dispatch import DTYPES, ChoiceTable
@@ -24,6 +25,11 @@ class OpTiming:
     fused: tuple[float, ...] = ()
     error: float | None = None  # relative, of the fused form from the eager one
     refused: str = ""
+
+    @property
+    def lasts(self) -> bool:
+        """As Timing.lasts."""
+        return not self.refused.startswith(torch.OutOfMemoryError.__name__)
 
     @property
     def wins(self) -> bool:
@@ -68,10 +74,15 @@ class KernelTable:
         return KernelTable(self.attention, (*kept, *timings))
 
     def without_stale(self, gpu: str, versions: Mapping[str, str]) -> "KernelTable":
-        """Without what was measured on this GPU with other versions of torch, triton or flash-attn."""
+        """Without what was measured on this GPU with other versions of `installed`."""
         choices = (c for c in self.attention.choices if c.gpu != gpu or c.versions == versions)
         ops = (timing for timing in self.ops if timing.gpu != gpu or timing.versions == versions)
         return KernelTable(ChoiceTable(tuple(choices)), tuple(ops))
+
+    def lasting(self) -> "KernelTable":
+        """Without what was refused for want of memory: the next start measures it again."""
+        choices = (c for c in self.attention.choices if all(timing.lasts for timing in c.timings))
+        return KernelTable(ChoiceTable(tuple(choices)), tuple(timing for timing in self.ops if timing.lasts))
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts, strings and numbers only, as JSON holds them."""

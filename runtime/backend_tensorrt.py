@@ -6,6 +6,7 @@ scratch memory goes back after the call. So the executables may be captured in a
 
 import importlib
 import mmap
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,9 +55,10 @@ class TensorRTBackend:
         files: tuple[Path, ...],
         device: torch.device,
     ) -> Executable:
-        """The executable of the graph's engines: several where it was built in pieces, in the order of their names."""
+        """The executable of the graph's engines, several where it was built in pieces, in order of their numbers."""
         self.arch(device)
-        engines = sorted(file for file in files if file.suffix == ".engine")
+        engines = [file for file in files if file.suffix == ".engine"]
+        engines.sort(key=lambda file: int(file.stem.removeprefix("model-")))  # as text, 100 would come before 11
         return TensorRTExecutable(require_tensorrt(self.package), graph.spec, engines, device)
 
 
@@ -137,7 +139,7 @@ class Engine:
             blob = bytes(self.cache.serialize())
             with suppress(OSError):  # a bundle on a read-only disk starts slower, that is all
                 self.cache_file.parent.mkdir(exist_ok=True)
-                part = self.cache_file.with_name(self.cache_file.name + ".part")
+                part = self.cache_file.with_name(f"{self.cache_file.name}.{secrets.token_hex(4)}.part")
                 part.write_bytes(blob)
                 part.replace(self.cache_file)
         self._context = self._engine = self._runtime = self.cache = None

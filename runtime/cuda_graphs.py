@@ -3,6 +3,7 @@
 At 2K a step is seconds of work and launches are lost in it; at the size of `nano` they are most of the time.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from .acceleration import check_acceleration
 from .cuda_probe import cuda_runtime
 
 PLAIN_CALLS = 2  # run as usual first: they warm up what may not happen during capture, and are no work lost
+
+
+CAPTURING = threading.Lock()  # of the process: beginning a capture waits for the whole device
 
 
 class CapturedExecutable:
@@ -66,8 +70,10 @@ class CapturedExecutable:
     def _capture(self, inner: Executable, feed: Feed) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in feed.items()}
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # thread_local: another thread may wait for frames, or free memory, meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # A stream of this device: torch's own one for captures is of the device that captured first in this process.
+        # thread_local: another thread may wait for frames, or free memory, meanwhile; but not capture too.
+        options = {"pool": self._pool, "stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        with CAPTURING, torch.cuda.graph(graph, **options):
             self._outputs = inner(self._inputs)
         self._graph = graph
 

@@ -96,7 +96,7 @@ def _keep(table: KernelTable, folder: Path | None, say: Say) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / TABLE, table.to_plain())
+        write_json(folder / TABLE, table.lasting().to_plain())
     except (OSError, MediaError) as error:
         say(f"what was measured is not kept: {error}")
 

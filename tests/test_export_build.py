@@ -161,7 +161,9 @@ def test_what_is_no_bundle_is_not_replaced(source: Source, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
     (tmp_path / "file").write_text("")
-    for name in ("photos", "file"):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / MANIFEST).write_text('{"manifest_version": 3, "name": "an extension of a browser"}')
+    for name in ("photos", "file", "web"):
         refused(lambda name=name: build_bundle(source, "eager", tmp_path / name), "no bundle", kind=BundleError)
     (tmp_path / "empty").mkdir()
     build_bundle(source, "eager", tmp_path / "empty", FIRST)

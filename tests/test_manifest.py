@@ -95,6 +95,7 @@ def test_the_schema_says_the_same(plain: dict):
         (("profile", "frames"), 34, ["frames: got 34", "want 4k+1"]),
         (("profile", "stage1", "vae", "mean"), "0", ["vae.mean", "want a list"]),
         (("profile", "stage1", "dit", "depth"), 2, ["stage1.dit", "extra ['depth']"]),
+        (("profile", "stage1", "width"), 0, ["profile"]),
         (("weights", "source"), "found", ["weights.source", "'shipped'"]),
         (("graphs", "stage1_time", "spec", "outputs", 0, "dtype"), "float33", ["outputs[0].dtype", "a dtype"]),
         (("graphs", "stage1_time", "spec", "name"), "stage2_time", ["graphs.stage1_time", "'stage2_time'"]),
