@@ -10,7 +10,7 @@ from ..engine.errors import MediaError, ProfileError
 from .statistics import Interval, ratio_of_medians
 
 TOLERANCE = 0.05  # a time within 5 % of the earlier one is no regression, however sure
-COHORT = ("device", "profile", "case")  # what must be equal for times to be comparable
+COHORT = ("device", "profile", "case", "clock")  # what must be equal for times to be comparable
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def _cohorts(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, tup
             "case": record["case"],
             "profile": record["profile"],
             "device": (device["name"], device.get("threads")),
+            "clock": record["timer"]["clock"],
         }
 
     a, b = facts(now), facts(before)

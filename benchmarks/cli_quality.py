@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..runtime.model_paths import find_models, path_of
 from ..runtime.models import Loaded, load_models
 from ..runtime.sidecar import describe_profile, dtype_name, versions, write_json
 from ..training.photos import load_packed, load_split
+from ..training.transition import TransitionConfig
 from .footage import load_footage
 from .library import library
 from .page import write_page
@@ -40,11 +42,15 @@ UNTRAINED = "UNTRAINED weights: no number here says anything about the method."
 @click.option("--device", type=Device(), default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--clips", type=click.IntRange(1), default=4, show_default=True, help="Clips of each kind.")
+@click.option("--clips", type=click.IntRange(1), default=Options.clips, show_default=True, help="Clips of each kind.")
 @click.option("--crops", type=click.IntRange(1), default=64, show_default=True, help="Crops for prompt following.")
 @click.option("--photos-dir", "folders", type=PATH, multiple=True, help="Folder of photographs; repeatable.")
 @click.option("--packed", type=PATH, help="Photographs written by `swifti2v-train pack`.")
 @click.option("--allow-missing", is_flag=True, help="Go on without the held-out photographs that are not here.")
+@click.option(
+    "--split", type=click.Choice(["held-out", "val"]), default="held-out", show_default=True,
+    help="Set of photographs: decide on val, report on held-out.",
+)  # fmt: skip
 @click.option("--footage", type=PATH, multiple=True, help="A real video, measured as a group of its own; repeatable.")
 @click.option("--full", is_flag=True, help="Also the ablations, and all six prompts on every crop.")
 @click.option(
@@ -67,6 +73,7 @@ def quality(
     folders: tuple[Path, ...],
     packed: Path | None,
     allow_missing: bool,
+    split: str,
     footage: tuple[Path, ...],
     full: bool,
     compare: tuple[str, ...],
@@ -86,9 +93,9 @@ def quality(
     if len(others) != len(compare):
         raise click.UsageError("--compare: got one NAME twice, want each once; rename one")
     if packed is not None:
-        photos = load_packed(packed, "held-out")
+        photos = load_packed(packed, split)
     else:
-        photos = load_split("held-out", folders, allow_missing=allow_missing)
+        photos = load_split(split, folders, allow_missing=allow_missing)
     films = [(path.name, load_footage(path, loaded.profile)) for path in footage]
     if out is not None:
         _make_folder(out)
@@ -97,7 +104,7 @@ def quality(
     started = time.perf_counter()
     with _progress(console, work_steps(options, len(films)), quiet) as on_step:
         report = run_quality(loaded, photos, options, films, on_step, export, others)
-    about = _about(loaded, photos, options, time.perf_counter() - started)
+    about = _about(loaded, split, photos, options, time.perf_counter() - started)
     if not loaded.trained:
         report.notes.insert(0, UNTRAINED)
     if export is not None:
@@ -168,7 +175,7 @@ def _make_folder(out: Path) -> None:
         raise MediaError(f"--out {out}: got '{reason(error)}', want a folder to write to; choose another") from error
 
 
-def _about(loaded: Loaded, photos: list[np.ndarray], options: Options, seconds: float) -> dict[str, Any]:
+def _about(loaded: Loaded, split: str, photos: list[np.ndarray], options: Options, seconds: float) -> dict[str, Any]:
     return {
         "format": 1,
         "profile": describe_profile(loaded.profile),
@@ -176,6 +183,8 @@ def _about(loaded: Loaded, photos: list[np.ndarray], options: Options, seconds: 
         "device": str(loaded.device),
         "dtype": dtype_name(loaded.dtype),
         "photos": len(photos),
+        "split": split,
+        "transition": asdict(TransitionConfig()),
         "options": {"clips": options.clips, "crops": options.crops, "seed": options.seed, "full": options.full},
         "seconds": round(seconds, 1),
         "versions": versions(),

@@ -1,6 +1,6 @@
 """Whole clips: where their time goes, and when the first frames are there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,11 +13,12 @@ from ..runtime.timing import Timings
 from .clock import CLOCKS, ClockName, Samples, Timing, Work, time_in_turns
 from .flops import clip_flops
 from .models import Models
-from .rows import PeakOf, Row, ratios
+from .rows import PeakOf, Row, parity, ratios
 from .variants import Variant
 
 STAGES = ("prompt", "stage1", "reference", "denoise", "decode", "frames")
 PROMPT = "slow zoom in, camera pans left"
+ALIKE = 0.3  # relative distance of frames that still show the same; of unrelated ones it is about 0.5 and more
 
 
 class StageClock(Timings):
@@ -71,17 +72,18 @@ def clip_rows(models: Models, variants: dict[str, Variant], peak_of: PeakOf, tim
 
     def work(one: Runs) -> Work:
         request = sample_request(one.session.profile)
-        return Work(lambda: _drain(one.session, request), one.start, one.stop)
+        return Work(lambda: _frames(one.session, request), one.start, one.stop)
 
     works = {name: work(one) for name, one in sessions.items()}
-    samples = time_in_turns(works, models.device, timing, memory=len(works) == 1)
+    samples, distances = _timed(works, models, timing)
     rows = []
     for name, one in sessions.items():
         flops = clip_flops(variants[name].profile)
         rate = peak_of(variants[name].dtype).rate
         total = sum(flops.values())
         rows += stage_rows(name, samples[name], one.stages, flops, rate, timing.warmup)
-        rows.append(Row("clip", name, samples[name], total, total / rate, ratios=ratios(samples, name)))
+        found = ratios(samples, name)
+        rows.append(Row("clip", name, samples[name], total, total / rate, distances.get(name), found))
     return rows
 
 
@@ -105,10 +107,10 @@ def first_frames_rows(models: Models, variants: dict[str, Variant], peak_of: Pea
 
     def work(session: Session) -> Work:
         request = sample_request(session.profile)
-        return Work(lambda: next(iter(session.generate(request))))
+        return Work(lambda: torch.from_numpy(next(iter(session.generate(request))).frames))
 
     works = {name: work(open_session(models, variant)) for name, variant in variants.items()}
-    samples = time_in_turns(works, models.device, timing, memory=len(works) == 1)
+    samples, distances = _timed(works, models, timing)
     rows = []
     for name, variant in variants.items():
         profile = variant.profile
@@ -116,7 +118,8 @@ def first_frames_rows(models: Models, variants: dict[str, Variant], peak_of: Pea
         frames = profile.noisy * profile.block_frames + 1
         bound = flops / peak_of(variant.dtype).rate
         note = f"frames 0 to {frames - 1} of {profile.frames}"
-        rows.append(Row("first-frames", name, samples[name], flops, bound, ratios=ratios(samples, name), note=note))
+        found = ratios(samples, name)
+        rows.append(Row("first-frames", name, samples[name], flops, bound, distances.get(name), found, note))
     return rows
 
 
@@ -126,6 +129,19 @@ def first_flops(profile: Profile) -> int:
     return whole["prompt"] + whole["stage1"] + sum(one[stage] for stage in ("reference", "denoise", "decode"))
 
 
-def _drain(session: Session, request: Request) -> None:
-    for _ in session.generate(request):
-        pass
+def _timed(works: dict[str, Work], models: Models, timing: Timing) -> tuple[dict[str, Samples], dict[str, float]]:
+    """Times, and how far every variant's frames are from the first one's: relative L2 of the levels.
+
+    NumericsError where they show something else: a step of rounding grows over a clip, but not to that.
+    """
+    distances: dict[str, float] = {}
+
+    def compare(results: Mapping[str, object]) -> None:
+        distances.update(parity(results, dict.fromkeys(results, ALIKE), "clip"))
+
+    return time_in_turns(works, models.device, timing, memory=len(works) == 1, on_cold=compare), distances
+
+
+def _frames(session: Session, request: Request) -> torch.Tensor:
+    """All frames of a clip, uint8 [T, H, W, 3]."""
+    return torch.cat([torch.from_numpy(chunk.frames) for chunk in session.generate(request)])

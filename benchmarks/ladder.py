@@ -29,7 +29,7 @@ from .clock import Timing, Work, time_in_turns
 from .flops import graph_flops
 from .items import SIGMA, block_work, random, step_call, window_of
 from .models import Models
-from .rows import PeakOf, Row, parity
+from .rows import PARITY, PeakOf, Row, parity
 from .statistics import paired_speedup
 from .variants import Graphs, OpenGraph, Variant
 
@@ -114,15 +114,15 @@ def climb(name: str, rungs: Sequence[Rung], models: Models, peak_of: PeakOf, tim
     flops, product = graph_flops(models.profile, name), 1.0
     for lower, upper in pairwise(rungs):
         works = {lower.name: lower.open(), upper.name: upper.open()}
-        dtypes = {lower.name: lower.dtype, upper.name: upper.dtype}
+        limits = {rung.name: PARITY[rung.dtype] for rung in (lower, upper)}
         distances: dict[str, float] = {}
 
         def compare(
             results: Mapping[str, object],
-            dtypes: dict[str, torch.dtype] = dtypes,
+            limits: dict[str, float] = limits,
             distances: dict[str, float] = distances,
         ) -> None:
-            distances.update(parity(results, dtypes, name))
+            distances.update(parity(results, limits, name))
 
         samples = time_in_turns(works, models.device, timing, memory=False, on_cold=compare)
         works.clear()

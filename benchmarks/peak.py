@@ -1,6 +1,7 @@
 """The rate that a device cannot beat, against which every time is shown: from a data sheet, or measured here."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -25,11 +26,12 @@ H100_SHEET = "NVIDIA H100 data sheet, SXM, dense (nvidia.com/en-us/data-center/h
 H200_SHEET = "NVIDIA H200 data sheet, SXM, dense (nvidia.com/en-us/data-center/h200)"
 A100_SHEET = "NVIDIA A100 data sheet, dense (nvidia.com/en-us/data-center/a100)"
 ADA_PAPER = "NVIDIA Ada GPU architecture whitepaper, RTX 4090, dense, FP32 accumulate"
-# Name as torch gives it, begins with -> TFLOP/s by dtype. fp32 is plain fp32 as in eager torch: TF32 is off there.
+# Name as torch gives it, or its pattern -> TFLOP/s by dtype; NVL, laptop and other cards have names of their own.
+# fp32 is plain fp32 as in eager torch: TF32 is off there.
 KNOWN: dict[str, tuple[dict[torch.dtype, float], str]] = {
     "NVIDIA H200": ({torch.bfloat16: 989.4, torch.float16: 989.4, torch.float32: 66.9}, H200_SHEET),
     "NVIDIA H100 80GB HBM3": ({torch.bfloat16: 989.4, torch.float16: 989.4, torch.float32: 66.9}, H100_SHEET),
-    "NVIDIA A100": ({torch.bfloat16: 312.0, torch.float16: 312.0, torch.float32: 19.5}, A100_SHEET),
+    "NVIDIA A100*": ({torch.bfloat16: 312.0, torch.float16: 312.0, torch.float32: 19.5}, A100_SHEET),
     "NVIDIA GeForce RTX 4090": ({torch.bfloat16: 165.2, torch.float16: 165.2, torch.float32: 82.6}, ADA_PAPER),
 }
 
@@ -39,7 +41,7 @@ def device_peak(device: torch.device, dtype: torch.dtype, clock: ClockName = "wa
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (rates, source) in KNOWN.items():
-            if name.startswith(known) and dtype in rates:
+            if fnmatchcase(name, known) and dtype in rates:
                 return Peak(rates[dtype] * 1e12, source)
     return measured_peak(device, dtype, clock)
 

@@ -30,11 +30,13 @@ NOTES = (
     "95 %, percentile bootstrap over clips, 2000 resamples. Clips that share a photograph count as independent, so "
     "with few photographs the intervals are too narrow.",
     "Where a clip is compared with the truth, Stage II gets the truth after stage transition (noised, denoised by "
-    f"Stage I in {TransitionConfig().steps} steps, decoded) with the settings of the training: a share of "
-    f"{1 - TransitionConfig().probability:g} is only encoded and decoded. Bicubic is of the same low-resolution clip. "
+    f"Stage I in {TransitionConfig().steps} steps, decoded) as training does it now: noised to a level of "
+    f"{TransitionConfig().lowest:g} to {TransitionConfig().highest:g}, and a share of "
+    f"{1 - TransitionConfig().probability:g} only encoded and decoded. Bicubic is of the same low-resolution clip. "
     "All other clips are real Stage I output. Motions are drawn with the generator's own odds: more moves at once, and "
     "more objects, than `nano` is mostly trained on.",
-    "Photographs are held out from every training. Dynamic degree is in pixels of the low resolution.",
+    "Clip i of a kind is over photograph i of the set; crops go through all of them. Dynamic degree is in pixels of "
+    "the low resolution.",
     "Prompt following is a forced choice between six moves, of one prompt a crop in turn, of all six with --full; a "
     "clip that moves less than a tenth of the basic move counts as wrong.",
     "VBench-I2V is not computed here, as it needs metric models that must be downloaded; --export-vbench writes the "
@@ -46,7 +48,7 @@ NOTES = (
 class Options:
     """How much is measured: truth and moving clips (half as many static ones), crops for prompts, ablations."""
 
-    clips: int = 4
+    clips: int = len(CANONICAL)  # every prompt once
     crops: int = 64
     seed: int = 0
     full: bool = False
@@ -163,7 +165,7 @@ class _Case:
         prompts, rows, seen = list(CANONICAL), [], Counter()
         for index in range(self.options.crops):
             image = photo_crop(self.photos, self.session.profile, self.options.seed, index)
-            chosen = prompts if self.options.full else [self._prompt(index)]
+            chosen = prompts if self.options.full else [prompt_of(index, len(self.photos))]
             right = []
             for prompt in chosen:
                 move = seen_move(self.session, image, prompt, step_seed(self.options.seed, "quality", "crop", index))
@@ -178,7 +180,7 @@ class _Case:
         """The same question asked of clips that are true, which says how good the question is."""
         rows, seen, profile = [], Counter(), self.session.profile
         for index in range(self.options.crops):
-            prompt = self._prompt(index)
+            prompt = prompt_of(index, len(self.photos))
             low = canonical_low(self.photos, profile, self.options.seed, index, canonical_motion(prompt))
             move = classify_low(low, profile)
             seen[prompt, move] += 1
@@ -187,9 +189,10 @@ class _Case:
         self.report.details["control_seen_as"] = _confusion(seen)
         return rows
 
-    def _prompt(self, index: int) -> str:
-        """Crops go through the photographs; prompts go on by one more each time round, so that all come as often."""
-        return list(CANONICAL)[(index + index // len(self.photos)) % len(CANONICAL)]
+
+def prompt_of(index: int, photos: int) -> str:
+    """Crops go through the photographs; prompts go on by one more each time round, so that each meets all."""
+    return list(CANONICAL)[(index % photos + index // photos) % len(CANONICAL)]
 
 
 def _confusion(seen: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:

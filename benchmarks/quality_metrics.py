@@ -135,6 +135,10 @@ GENERATED = (
         "seam_ratio", "seam ratio", "x", "generated", lambda rows: seam_ratio(rows["seams"]), Gate(most=1.1)
     ),
     Metric(
+        "seam_ratio_static", "the same of static scenes alone, where a seam shows most", "x", "static",
+        lambda rows: seam_ratio(rows["seams"]),
+    ),
+    Metric(
         "seam_ratio_stage1", "the same of Stage I upsampled, which has no seams", "x", "generated",
         lambda rows: seam_ratio(rows["stage1_seams"]),
     ),

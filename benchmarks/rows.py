@@ -73,7 +73,8 @@ def measure_items(items: Sequence[Item], device: torch.device, peak_of: PeakOf, 
         distances: dict[str, float] = {}
 
         def compare(results: Mapping[str, object], item: Item = item, distances: dict[str, float] = distances) -> None:
-            distances.update(parity(results, item.dtypes, item.name))
+            limits = {name: PARITY[dtype] for name, dtype in item.dtypes.items()}
+            distances.update(parity(results, limits, item.name))
 
         samples = time_in_turns(item.works, device, timing, memory=len(item.works) == 1, on_cold=compare)
         for name, sample in samples.items():
@@ -90,15 +91,15 @@ def ratios(samples: Mapping[str, Samples], name: str) -> dict[str, Interval]:
     return {base: paired_speedup(samples[base].warm, samples[name].warm) for base in bases if base != name}
 
 
-def parity(results: Mapping[str, object], dtypes: Mapping[str, torch.dtype], item: str) -> dict[str, float]:
-    """Relative L2 distance of each result from the first. NumericsError above the limit of the less precise dtype."""
+def parity(results: Mapping[str, object], limits: Mapping[str, float], item: str) -> dict[str, float]:
+    """Relative L2 distance of each result from the first. NumericsError above the larger of both limits."""
     (first, want), *others = results.items()
     distances = {}
     for name, got in others:
         assert isinstance(want, Tensor)
         assert isinstance(got, Tensor)
         distance = float((got.float() - want.float()).norm() / want.float().norm())
-        limit = max(PARITY[dtypes[name]], PARITY[dtypes[first]])
+        limit = max(limits[name], limits[first])
         if not distance <= limit:
             raise NumericsError(
                 f"{item} of {name}: got a relative distance of {distance:.1e} from {first}, want at most {limit:.0e}; "

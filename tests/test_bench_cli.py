@@ -227,6 +227,8 @@ def test_baselines_that_cannot_be_compared(bench: Bench, tmp_path: Path):
     assert (few.returncode, "want 7 or more" in few.stderr) == (2, True)
     other = bench("dit-stage2", *TINY, "--runs", 1, "--warmup", 0, "--baseline", path)
     assert (other.returncode, "baseline case" in other.stderr) == (2, True)
+    other = bench("dit-stage1", *TINY, "--runs", 1, "--warmup", 0, "--clock", "process", "--baseline", path)
+    assert (other.returncode, "baseline clock" in other.stderr) == (2, True)
     path.write_text(json.dumps({"rows": record["rows"]}))
     foreign = bench("dit-stage1", *TINY, "--baseline", path)
     assert (foreign.returncode, "another JSON file" in foreign.stderr) == (1, True)

@@ -303,6 +303,7 @@ def test_ease_covers_the_same_way():
     assert plain[-1] == pytest.approx(1) == eased[-1]
     assert eased[1] < plain[1] / 4
     assert clip_time(17, 0.0)[-1] == pytest.approx(0.5)
+    assert clip_time(81, 0.0)[-1] == clip_time(241, 1.0)[-1] == 1, "a long clip goes no farther"
     assert clip_time(1, 0.5).tolist() == [0]
 
 

@@ -12,7 +12,7 @@ from swifti2v.benchmarks.ablations import plan_variants, run_variants, variant_r
 from swifti2v.benchmarks.footage import load_footage
 from swifti2v.benchmarks.generation import generate, stage_one, transition_motion
 from swifti2v.benchmarks.page import render, write_page
-from swifti2v.benchmarks.quality import Options, Report, run_quality, work_steps
+from swifti2v.benchmarks.quality import Options, Report, prompt_of, run_quality, work_steps
 from swifti2v.benchmarks.quality_clips import photo_crop, shrink, truth_clip, whole_photo
 from swifti2v.benchmarks.vbench import VBenchExport
 from swifti2v.engine.dit import DiT
@@ -218,3 +218,11 @@ def test_the_page_escapes_what_it_is_told(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     with pytest.raises(MediaError, match=r"page .*: got '.*', want a writable file; "):
         write_page(tmp_path / "none" / "page.html", "title", [], report)
+
+
+def test_every_photograph_meets_every_prompt():
+    """With eight photographs and six prompts, a step of nine in turn would be one of three."""
+    prompts = [[prompt_of(index, count) for index in range(6 * count)] for count in (3, 5, 8)]
+    for count, asked in zip((3, 5, 8), prompts, strict=True):
+        for photograph in range(count):
+            assert len(set(asked[photograph::count])) == 6

@@ -18,7 +18,7 @@ from swifti2v.engine.profile import DiTConfig, Profile
 from swifti2v.engine.weights import load_dit, save_dit
 from swifti2v.runtime.encoders import ClipVisionEncoder
 from swifti2v.runtime.model_paths import find_models
-from swifti2v.training.adapt import AdaptConfig, LoraTask, adapt_task
+from swifti2v.training.adapt import AdaptConfig, LoraTask, adapt_task, large_enough
 from swifti2v.training.batches import Crops, clip_batch
 from swifti2v.training.cli import main
 from swifti2v.training.clips import ClipConfig
@@ -132,7 +132,7 @@ def one_expert(two_experts: Path, tmp_path: Path) -> Path:
 
 def task_of(profile: Profile, stage: Any, models: Path, bf16: bool = False, **config: Any) -> LoraTask:
     """A LoRA task on one clip that is used again and again."""
-    photos = [np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)]
+    photos = [np.random.default_rng(0).integers(0, 256, (200, 240, 3), dtype=np.uint8)]
     settings = TrainConfig(20, lr=0.02, warmup=1, curve=False, skips=0, bf16=bf16)
     config = {"rank": 4, "window": 1, "reuse": 1000.0, **config}
     adapt = AdaptConfig(settings, **config)
@@ -152,7 +152,7 @@ def test_a_lora_of_one_expert_learns_and_merges(expert: Any, profile: Profile, t
     assert isinstance(task.task, Stage1Task)
     samples = task.task.batch(0, 0)
     clips = ClipConfig(profile.width, profile.height, profile.frames, low_factor=4)
-    photos = [np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)]
+    photos = [np.random.default_rng(0).integers(0, 256, (200, 240, 3), dtype=np.uint8)]
     places = Crops(1, profile.width, profile.height).places(clips, step_seed(0, "sample", 0))
     high = clip_batch(Drawer(photos).ahead(clips, lambda _: places)(0), "cpu").high
     tower = ClipVisionEncoder.open(two_experts / "image_encoder")
@@ -251,8 +251,15 @@ def test_experts_inside_one_folder_and_single_files_are_found(profile: Profile, 
     assert find_models(profile, models).stage1_low == models / "stage1" / "low_noise_model"
 
 
+def test_photographs_smaller_than_the_clips_are_left_out(profile: Profile):
+    small, large = (np.zeros((side, 2 * side, 3), np.uint8) for side in (profile.height - 1, profile.height))
+    assert [photo.shape[0] for photo in large_enough([small, large], profile)] == [profile.height]
+    with pytest.raises(TrainingError, match=f"want {profile.width}x{profile.height} and more for {profile.name}"):
+        large_enough([small], profile)
+
+
 def test_ready_embeddings_are_filled_as_at_inference(profile: Profile, two_experts: Path, tmp_path: Path):
-    photos, config = [np.zeros((120, 160, 3), np.uint8)], AdaptConfig(TrainConfig(1), expert="low")
+    photos, config = [np.zeros((200, 240, 3), np.uint8)], AdaptConfig(TrainConfig(1), expert="low")
     for rows in (torch.randn(3, 16), torch.randn(1, 9, 16), torch.randn(1, 8, 15)):
         save_file({"prompt": rows}, tmp_path / "rows.safetensors")
         arguments: Any = (

@@ -24,6 +24,7 @@ from .lora import TARGETS, Lora, checkpoint_blocks
 from .model_folder import Merged, ModelFolder
 from .stage1 import FixedText, ImageEncoder, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
+from .textures import TEXTURE_WIDTH
 from .trainer import TrainConfig, step_seed
 from .transition import StageOne, TransitionConfig
 
@@ -83,7 +84,12 @@ def adapt_task(
     if embeddings is None and profile.text.kind != "words":
         raise TrainingError(f"text of {profile.name}: got no embeddings, want rows of UMT5; pass --embeddings")
     text = _text(models, embeddings, train.device, (small.dit.text_len, small.dit.text_dim))
-    clips = ClipConfig(big.width, big.height, profile.frames, low_factor=big.width // small.width)
+    photos = large_enough(photos, profile)
+    # Textures are of a size of their own; what is larger gets none, rather than one without fine detail.
+    procedural = ClipConfig.procedural if big.width <= TEXTURE_WIDTH else 0.0
+    clips = ClipConfig(
+        big.width, big.height, profile.frames, low_factor=big.width // small.width, procedural=procedural
+    )
     crops = config.crops or Crops(train.batch, big.width, big.height)
     samples, drawer = Samples(crops, config.window, config.reuse), Drawer(photos, device=train.device)
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
@@ -118,6 +124,22 @@ def adapt_task(
     learn = lambda clip, seed: stage2_batch(one, vae2, clip, transition, seed)  # noqa: E731
     batch = latent_pool(drawer, clips, samples, train, learn, "cpu", "sample")
     return _adapted(Stage2Task(dit, text, batch, config.stage2, **settings), config)
+
+
+def large_enough(photos: Sequence[np.ndarray], profile: Profile) -> list[np.ndarray]:
+    """The photographs with a pixel and more for every pixel of the profile's clips: others would teach it to blur.
+
+    TrainingError where none is left.
+    """
+    width, height = profile.width, profile.height
+    kept = [photo for photo in photos if photo.shape[0] >= height and photo.shape[1] >= width]
+    if not kept:
+        got = max((photo.shape[1::-1] for photo in photos), default=(0, 0))
+        raise TrainingError(
+            f"photographs: got up to {got[0]}x{got[1]}, want {width}x{height} and more for {profile.name}; "
+            "pass a --photos-dir with large ones, not --packed"
+        )
+    return kept
 
 
 def _adapted(task: Stage1Task | Stage2Task, config: AdaptConfig) -> LoraTask:

@@ -13,15 +13,16 @@ from .motion import REFERENCE_FRAMES, Draws, Motion, Move
 
 
 def clip_time(frames: int, ease: float) -> np.ndarray:
-    """How far the moves have come at each frame, float64 [T]; 1 is the travel of 33 frames.
+    """How far the moves have come at each frame, float64 [T]; 1 is the travel of 33 frames, and of any longer clip.
 
-    With ease e the speed is that of (1 - e) * s + e * smoothstep(s), which covers the same way in the same time.
+    With ease e the speed is that of (1 - e) * s + e * smoothstep(s), which covers the same way in the same time. At one
+    speed, long clips would run off every picture, into the dark, and tilt until the plane is seen from its edge.
     """
     if frames == 1:
         return np.zeros(1)
     s = np.arange(frames) / (frames - 1)
     eased = (1 - ease) * s + ease * s * s * (3 - 2 * s)
-    return eased * (frames - 1) / (REFERENCE_FRAMES - 1)
+    return eased * min(1.0, (frames - 1) / (REFERENCE_FRAMES - 1))
 
 
 def camera_path(motion: Motion, frames: int, aspect: float, draws: Draws) -> np.ndarray:

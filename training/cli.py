@@ -22,10 +22,12 @@ from .dry_run import step_cost
 from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
 from .nano import PHASES, DitPhase, VaePhase, finish, fit, train_task, with_batch
-from .photos import SPLITS, load_packed, load_split, pack
+from .photos import LOADED_SIDE, SPLITS, load_packed, load_split, pack
 from .stage1 import ImageEncoder
 from .stage2 import Stage2Config
 from .trainer import Task, TrainConfig, train
+
+TEXELS = 1.5  # of a photograph for a pixel of a clip that shows all of it: cameras see less
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--rank", type=int, default=32)
     lora.add_argument("--alpha", type=float, default=32.0)
     lora.add_argument("--targets", default=TARGETS, help="pattern of the layers' names")
+    for stage in ("stage1", "stage2"):
+        lora.add_argument(f"--{stage}-steps", type=int, help="as you will generate with (default: the profile's)")
     _transition_option(lora)
     lora.add_argument("--no-checkpointing", action="store_true", help="keep all activations: more memory, less time")
     lora.add_argument("--dry-run", action="store_true", help="print memory and operations of a step, and stop")
@@ -151,6 +155,7 @@ def _nano(options: argparse.Namespace) -> None:
 
 def _lora(options: argparse.Namespace) -> None:
     profile, checkpointing = get_profile(options.profile), not options.no_checkpointing
+    profile = profile.override(stage1_steps=options.stage1_steps, stage2_steps=options.stage2_steps)
     if options.dry_run:
         _print_cost(profile, options.stage, options.rank, checkpointing)
         return
@@ -168,7 +173,7 @@ def _lora(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if options.transition is not None:
         config = replace(config, stage2=with_transition(config.stage2, options.transition))
-    photos = _photos(options)
+    photos = _photos(options, round(TEXELS * profile.width))
 
     def open_images(path: Path) -> ImageEncoder:
         from ..runtime.encoders import ClipVisionEncoder
@@ -211,10 +216,12 @@ def _train(task: Task, config: TrainConfig, folder: Path) -> bool:
     return done == config.steps
 
 
-def _photos(options: argparse.Namespace) -> list[np.ndarray]:
+def _photos(options: argparse.Namespace, side: int = 0) -> list[np.ndarray]:
+    """The photographs for training, their longer sides up to `side` pixels where that is more than usual."""
     if options.packed is not None:
         return load_packed(options.packed, "train")
-    return load_split("train", options.photos_dir, allow_missing=options.allow_missing)
+    side = max(side, LOADED_SIDE)
+    return load_split("train", options.photos_dir, allow_missing=options.allow_missing, side=side)
 
 
 def with_transition(config: Stage2Config, share: float) -> Stage2Config:

@@ -113,13 +113,15 @@ def find_photos(folders: Iterable[Folder] = ()) -> dict[str, Path]:
     return found
 
 
-def load_split(split: str, folders: Iterable[Folder] = (), *, allow_missing: bool = False) -> list[np.ndarray]:
-    """The photographs of a set in the table's order, uint8 [H, W, 3], the longer side at most 1600.
+def load_split(
+    split: str, folders: Iterable[Folder] = (), *, allow_missing: bool = False, side: int = LOADED_SIDE
+) -> list[np.ndarray]:
+    """The photographs of a set in the table's order, uint8 [H, W, 3], the longer side at most `side`.
 
     Raises EnvironmentMismatch that names what to install for a missing one, unless `allow_missing`, and MediaError
     for one that cannot be read.
     """
-    return list(_load(split, folders, LOADED_SIDE, allow_missing).values())
+    return list(_load(split, folders, side, allow_missing).values())
 
 
 def pack(

@@ -10,7 +10,10 @@ from .motion import Draws
 KINDS = ("checker", "noise", "gradient", "strokes")
 
 
-def draw_texture(draws: Draws, width: int = 1024, height: int = 640) -> np.ndarray:
+TEXTURE_WIDTH, TEXTURE_HEIGHT = 1024, 640
+
+
+def draw_texture(draws: Draws, width: int = TEXTURE_WIDTH, height: int = TEXTURE_HEIGHT) -> np.ndarray:
     """A random texture of that size, uint8 [H, W, 3]."""
     makers = (_checker, _noise, _gradient, _strokes)
     return makers[draws.below(len(makers))](draws, width, height)
