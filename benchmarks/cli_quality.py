@@ -197,8 +197,8 @@ def _facts(about: dict[str, Any]) -> list[str]:
     return [
         f"{profile['frames']} frames of {'x'.join(map(str, profile['size']))}, {about['device']}, {about['dtype']}, "
         f"{weights}",
-        f"{about['photos']} held-out photographs, {options['clips']} clips of each kind, {options['crops']} crops, "
-        f"seed {options['seed']}, {about['seconds']:.0f} seconds",
+        f"{about['photos']} {about['split']} photographs, {options['clips']} clips of each kind, "
+        f"{options['crops']} crops, seed {options['seed']}, {about['seconds']:.0f} seconds",
     ]
 
 

@@ -12,6 +12,7 @@ from ..engine.profile import Profile
 from ..engine.segments import plan_segments
 from .library import library
 
+STILL = 1e-3  # levels: where nothing moves, nothing jumps
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # BT.709
 
 
@@ -79,15 +80,26 @@ def boundaries(profile: Profile) -> tuple[list[int], list[int]]:
     return between, within
 
 
+def jumps(frames: np.ndarray) -> np.ndarray:
+    """J(t) = D(t) of the luma over the mean of D(t-1) and D(t+1), float64 [T-1]; NaN at both ends, 1 is none.
+
+    So a fast clip counts no more than a slow one.
+    """
+    d = np.array([np.abs(luma(a) - luma(b)).mean(dtype=np.float64) for a, b in itertools.pairwise(frames)])
+    found = np.full(len(d), np.nan)
+    found[1:-1] = (d[1:-1] + STILL) / ((d[:-2] + d[2:]) / 2 + STILL)
+    return found
+
+
 def seam_sums(frames: np.ndarray, profile: Profile) -> np.ndarray:
-    """(sum of D, count) at segment boundaries and (sum of D, count) at the other block boundaries, float64 [4]."""
-    d = steps(frames)
+    """(sum of J, count) at segment boundaries and (sum of J, count) at the other block boundaries, float64 [4]."""
+    j = jumps(frames)
     between, within = boundaries(profile)
-    return np.array([d[between].sum(), len(between), d[within].sum(), len(within)])
+    return np.array([j[between].sum(), len(between), j[within].sum(), len(within)])
 
 
 def seam_ratio(sums: np.ndarray) -> float:
-    """Mean D at segment boundaries over mean D at the other block boundaries, pooled over clips [n, 4]; 1 is none.
+    """Mean J at segment boundaries over mean J at the other block boundaries, pooled over clips [n, 4]; 1 is none.
 
     NaN where a clip has one of the two kinds only.
     """

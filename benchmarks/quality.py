@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..engine.segments import plan_segments
 from ..runtime.models import Loaded
 from ..runtime.session import Request, Session
 from ..training.prompts import CANONICAL, canonical_motion
@@ -18,11 +19,12 @@ from .ablations import NOTE, AblationResult, Variant, plan_variants, run_variant
 from .generation import generate, stage_one, transition_motion
 from .measure import Row
 from .quality_clips import TruthClip, canonical_low, footage_clip, photo_crop, truth_clip, whole_photo
-from .quality_metrics import GENERATED, TRUTH, Group, Result, drift_by_segment, evaluate
-from .quality_rows import classify_low, describe_truth, make_generated, seen_move, truth_row
+from .quality_metrics import GENERATED, TRUTH, Group, Result, drift_metrics, evaluate
+from .quality_rows import classify_low, describe_truth, generated_row, make_generated, seen_move, truth_row
 
 STATIC = "static shot"
 SHOWN = 3  # clips of each kind on the page
+FILMED: tuple[Group, ...] = ("truth", "generated")  # what is measured of footage; prompts and static scenes it has not
 OnStep = Callable[[str], None]
 OnClip = Callable[[int, str, np.ndarray, np.ndarray], None]  # photo, prompt, image, frames of a generated clip
 NOTES = (
@@ -103,15 +105,16 @@ def run_quality(
         drawn = (truth_clip(photos, loaded.profile, options.seed, index) for index in range(options.clips))
         rows["truth"] = case.truth(drawn, variants)
         films = (footage_clip(name, frames, loaded.profile, options.seed) for name, frames in footage)
-        found = case.truth(films, [])
+        found = case.truth(films, [], filmed=True)
         rows["moving"] = case.generated(options.clips, list(CANONICAL), on_clip)
         rows["static"] = case.generated(options.static, [STATIC], on_clip)
         rows["generated"] = [*rows["moving"], *rows["static"]]
         rows["following"], rows["control"] = case.following(), case.control()
-    report.results = evaluate((*TRUTH, *GENERATED), rows, options.seed)
+    plan = plan_segments(loaded.profile.blocks, loaded.profile.noisy, loaded.profile.neighbours)
+    report.results = evaluate((*TRUTH, *GENERATED, *drift_metrics(len(plan))), rows, options.seed)
     if found:
-        report.footage = evaluate([replace(metric, gate=None) for metric in TRUTH], {"truth": found}, options.seed)
-    report.details["colour_drift_by_segment_levels"] = drift_by_segment(rows["static"])
+        metrics = [replace(metric, gate=None) for metric in (*TRUTH, *GENERATED) if metric.group in FILMED]
+        report.footage = evaluate(metrics, dict.fromkeys(FILMED, found), options.seed)
     if variants:
         report.ablations = variant_results(variants, options.seed)
         report.notes.append(NOTE)
@@ -130,13 +133,14 @@ class _Case:
     report: Report
     on_step: OnStep
 
-    def truth(self, clips: Iterable[TruthClip], variants: Sequence[Variant]) -> list[Row]:
-        """Rows of clips whose truth is known."""
+    def truth(self, clips: Iterable[TruthClip], variants: Sequence[Variant], filmed: bool = False) -> list[Row]:
+        """Rows of clips whose truth is known; of footage also what is seen without it."""
         rows: list[Row] = []
         for clip in clips:
             motion = transition_motion(self.one, clip)
             made = generate(self.session, Request(clip.frames[0], clip.prompt, seed=clip.seed), motion)
-            rows.append(truth_row(self.loaded, clip, made))
+            seen = generated_row(self.loaded.profile, clip.frames[0], made) if filmed else {}
+            rows.append(truth_row(self.loaded, clip, made) | seen)
             self.report.details.setdefault("truth_clips", []).append(describe_truth(clip, rows[-1]))
             run_variants(self.loaded, variants, clip, motion)
             if len(rows) <= SHOWN:

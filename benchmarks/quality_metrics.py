@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from .measure import Estimate, Row, Rows, Statistic, bootstrap
 from .metrics import colour_drift, psnr, seam_ratio
 
@@ -174,9 +172,14 @@ def evaluate(metrics: Sequence[Metric], rows: dict[Group, list[Row]], seed: int)
     return [Result(metric, bootstrap(rows.get(metric.group, []), metric.statistic, seed)) for metric in metrics]
 
 
-def drift_by_segment(rows: Sequence[Row]) -> list[float]:
-    """How far each segment's colour is from the first one's, as `colour_drift`, in levels."""
-    if not rows:
-        return []
-    colours = np.array([row["colours"] for row in rows])  # [n, S, 3]
-    return [colour_drift(colours[:, : last + 1]) for last in range(colours.shape[1])]
+def drift_metrics(segments: int) -> list[Metric]:
+    """How far the colour of each segment is from the first one's, as `colour_drift` says it of the last."""
+
+    def until(last: int) -> Statistic:
+        return lambda rows: colour_drift(rows["colours"][:, : last + 1])
+
+    label = "colour drift of segment {} against the first, static scenes"
+    return [
+        Metric(f"colour_drift_segment_{last + 1}_levels", label.format(last + 1), "/255", "static", until(last))
+        for last in range(1, segments - 1)
+    ]
