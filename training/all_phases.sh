@@ -21,6 +21,7 @@ run() { # PHASE WORKERS MINUTES [OPTIONS]
     tail -n 5 "$out/$phase.log" >&2
     return 1
   }
+  rm -f "$out/$phase/checkpoint.safetensors" # nothing resumes a run by the clock, and it is eight times the weights
   echo "$phase: $(grep ' min$' "$out/$phase.log" | tail -n 1)"
 }
 

@@ -157,7 +157,7 @@ def _lora(options: argparse.Namespace) -> None:
     profile, checkpointing = get_profile(options.profile), not options.no_checkpointing
     profile = profile.override(stage1_steps=options.stage1_steps, stage2_steps=options.stage2_steps)
     if options.dry_run:
-        _print_cost(profile, options.stage, options.rank, checkpointing)
+        _print_cost(profile, options.stage, options.rank, options.targets, checkpointing)
         return
     missing = [name for name in ("out", "model_dir") if getattr(options, name) is None]
     if missing:
@@ -256,12 +256,12 @@ def _parse(text: str, hint: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _print_cost(profile: Profile, name: str, rank: int, checkpointing: bool) -> None:
+def _print_cost(profile: Profile, name: str, rank: int, targets: str, checkpointing: bool) -> None:
     """A table of what one step of the LoRA, and of all weights, costs."""
     stage = profile.stage1 if name == "stage1" else profile.stage2
     blocks = profile.blocks if name == "stage1" else 1 + profile.neighbours + profile.noisy
     window = (blocks, stage.latent_height, stage.latent_width)
-    costs = [step_cost(stage.dit, window, r, checkpointed=checkpointing) for r in (rank, None)]
+    costs = [step_cost(stage.dit, window, r, checkpointed=checkpointing, targets=targets) for r in (rank, None)]
     print(f"{profile.name} {name}, {blocks} latent blocks, {costs[0].tokens:,} tokens, batch 1, bf16")
     print(f"{'':<22}{f'LoRA rank {rank}':>16}{'all weights':>16}")
     rows = {"TFLOP a step": "tflop", "GB weights": "weights", "GB trained, fp32": "trained",

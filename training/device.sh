@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/models" "$out"
 if [ -d "$models" ]; then cp -r "$models/." "$work/models/"; fi
 PYTHONPATH="$root/.typing" PYTHONUNBUFFERED=1 python3 -m swifti2v.training.cli nano "$phase" -o "$work" \
-  --packed "$photos" --device cuda --workers "${WORKERS:-12}" --minutes 8.5 --finish --set curve=false "$@" \
+  --packed "$photos" --device cuda --workers "${WORKERS:-12}" --minutes 8 --finish --set curve=false "$@" \
   2>"$out/$phase.log" || {
   status=$?
   tail -n 20 "$out/$phase.log" >&2

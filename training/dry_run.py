@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.dit import DiT, TextKV
 from ..engine.profile import DiTConfig
-from .lora import Lora, checkpoint_blocks
+from .lora import TARGETS, Lora, checkpoint_blocks
 
 GB = 1e9
 
@@ -38,15 +38,16 @@ def step_cost(
     rank: int | None = None,
     checkpointed: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    targets: str = TARGETS,
 ) -> StepCost:
     """The cost of one forward and backward pass of a DiT on latents of `window` = (blocks, height, width).
 
-    With `rank` a LoRA is trained on frozen weights of `dtype`; without, all weights are.
+    With `rank` a LoRA beside the layers `targets` is trained on frozen weights of `dtype`; without, all weights are.
     """
     blocks, height, width = window
     with torch.device("meta"):
         dit = DiT(config).to(dtype)
-        lora = None if rank is None else Lora(dit, rank)
+        lora = None if rank is None else Lora(dit, rank, targets=targets)
         if checkpointed:
             checkpoint_blocks(dit)
         latents = torch.empty(1, config.in_channels, blocks, height, width, dtype=dtype)
