@@ -31,12 +31,10 @@ demo: setup
 PHOTOS ?= build/photos
 TRAIN_FLAGS ?= --threads 1
 train-nano: setup-dev
-	for phase in vae1 vae2 stage1 stage2 vae2-decoder; do \
+	for phase in vae1 'vae2 --linear' stage1 stage2; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
-	mkdir -p weights/nano/vae2
-	for part in vae1 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
-	cp build/nano/models/vae2-decoder/* weights/nano/vae2
+	for part in vae1 vae2 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done
 
 test: setup-dev lint type
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"
