@@ -140,7 +140,7 @@ class _Case:
             motion = transition_motion(self.one, clip)
             made = generate(self.session, Request(clip.frames[0], clip.prompt, seed=clip.seed), motion)
             seen = generated_row(self.loaded.profile, clip.frames[0], made) if filmed else {}
-            rows.append(truth_row(self.loaded, clip, made) | seen)
+            rows.append({**truth_row(self.loaded, clip, made), **seen})
             self.report.details.setdefault("truth_clips", []).append(describe_truth(clip, rows[-1]))
             run_variants(self.loaded, variants, clip, motion)
             if len(rows) <= SHOWN:

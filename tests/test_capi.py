@@ -263,7 +263,7 @@ def test_the_log_goes_to_one_callback():
         time.sleep(0.01)
     assert statuses[:4] == [Status.INVALID_STATE] * 4, "what could wait for who has a line to say"
     assert statuses[4:] == [Status.INVALID_STATE]
-    assert "no request yet" in capi.last_error(second)[1]
+    assert "no request yet" in str(capi.last_error(second)[1])
     capi.set_log(None)
     assert capi.destroy(handle) == capi.destroy(second) == (Status.OK, None)
     said = [(level, text.partition(": ")[2]) for level, text in lines if text.startswith(f"session {handle}: ")]
