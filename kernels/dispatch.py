@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,8 +64,8 @@ class Timing:
 
     @property
     def lasts(self) -> bool:
-        """Whether it would be the same again: memory that ran out may have been another program's."""
-        return not self.refused.startswith(torch.OutOfMemoryError.__name__)
+        """As `lasting`."""
+        return lasting(self.refused)
 
     @property
     def milliseconds(self) -> float:
@@ -133,9 +134,7 @@ class ChoiceTable:
 
 def installed() -> dict[str, str]:
     """What measurements depend on: torch, our own kernels by a digest, triton and the flash-attn packages if there."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    versions = {"torch": str(torch.__version__), "kernels": digest[:16]}
+    versions = {"torch": str(torch.__version__), "kernels": _kernels_digest()}
     if find_spec("triton"):
         versions["triton"] = version("triton")
     for name, module in PACKAGES.items():
@@ -145,6 +144,12 @@ def installed() -> dict[str, str]:
             except PackageNotFoundError:  # built in place, without metadata
                 versions[name] = "unknown"
     return versions
+
+
+@cache  # read once a process: it is asked for every shape that is measured
+def _kernels_digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def candidates(shape: Shape, arch: int, packages: Mapping[str, str]) -> tuple[str, ...]:
@@ -227,6 +232,11 @@ def refusal(call: Callable[[], object]) -> str:
             said = (f"{type(error).__name__}: {error}", *(str(warning.message) for warning in seen))
             return "; ".join(dict.fromkeys(" ".join(text.split())[:150] for text in said))
     return ""
+
+
+def lasting(refused: str) -> bool:
+    """Whether what `refusal` said, or "", would be so again: memory that ran out may have been another program's."""
+    return not refused.startswith(torch.OutOfMemoryError.__name__)
 
 
 def measure(shape: Shape, device: torch.device, repeats: int = 20) -> Choice:

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .dispatch import DTYPES, ChoiceTable
+from .dispatch import DTYPES, ChoiceTable, lasting
 
 SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -28,8 +27,8 @@ class OpTiming:
 
     @property
     def lasts(self) -> bool:
-        """As Timing.lasts."""
-        return not self.refused.startswith(torch.OutOfMemoryError.__name__)
+        """As `lasting`."""
+        return lasting(self.refused)
 
     @property
     def wins(self) -> bool:

@@ -1,12 +1,15 @@
-"""Small clips to train both stages on, and the first stage that transition runs."""
+"""Small clips and models to train both stages on, their tasks, and the first stage that transition runs."""
 
 import torch
 from torch import nn
 
 from swifti2v.engine.dit import DiT
+from swifti2v.engine.profile import Profile
 from swifti2v.engine.text import WordEncoder
 from swifti2v.engine.vae import VAE
 from swifti2v.training.flow import ClipBatch
+from swifti2v.training.stage1 import Stage1Config, Stage1Task, stage1_batch
+from swifti2v.training.stage2 import Stage2Config, Stage2Task, stage2_batch
 from swifti2v.training.transition import StageOne
 
 FRAMES = 21
@@ -29,3 +32,33 @@ def stage_one(parts: dict[str, nn.Module]) -> StageOne:
     assert isinstance(words, WordEncoder)
     assert isinstance(vae, VAE)
     return StageOne(dit, words, vae)
+
+
+def stage_parts(profile: Profile, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules and a word encoder, the same each time; both DiTs are to be trained."""
+    torch.manual_seed(0)
+    dit = profile.stage1.dit
+    words = WordEncoder(profile.text.vocabulary, dit.text_dim, dit.text_len)
+    for name in ("stage1", "stage2"):
+        modules[name].requires_grad_(True)
+    return {**modules, "words": words}
+
+
+def stage1_task(one: StageOne, **config) -> Stage1Task:
+    assert one.dit is not None
+    return Stage1Task(
+        one.dit, one.words, lambda step, seed: stage1_batch(one.vae, clips(step, seed)), Stage1Config(**config)
+    )
+
+
+def stage2_task(parts: dict[str, nn.Module], **config) -> Stage2Task:
+    dit, vae = parts["stage2"], parts["vae2"]
+    assert isinstance(dit, DiT)
+    assert isinstance(vae, VAE)
+    one, settings = stage_one(parts), Stage2Config(**config)
+    return Stage2Task(
+        dit,
+        one.words,
+        lambda step, seed: stage2_batch(one, vae, clips(step, seed), settings.transition, seed),
+        settings,
+    )
