@@ -31,7 +31,7 @@ demo: setup
 PHOTOS ?= build/photos
 TRAIN_FLAGS ?= --threads 1
 train-nano: setup-dev
-	for phase in vae1 'vae2 --linear' stage1 stage2; do \
+	for phase in 'vae1 --linear' 'vae2 --linear' stage1 stage2; do \
 	  $(BIN)/swifti2v-train nano $$phase -o build/nano --photos-dir $(PHOTOS) $(TRAIN_FLAGS) || exit 1; \
 	done
 	for part in vae1 vae2 stage1 stage2 text; do cp -r build/nano/models/$$part weights/nano/; done

@@ -80,14 +80,14 @@ def _nano_vae(channels: int, dim: int, mult: tuple[int, ...], patch: int) -> VAE
 
 def _nano() -> Profile:
     text = (128, 32)
-    # Stage I says what moves: 8x8x4. Stage II carries detail, and a small DiT moves cells of 4x4 pixels, not of 8x8.
-    vae1, vae2 = _nano_vae(24, 32, (1, 2, 2), 2), _nano_vae(16, 16, (1, 4, 4), 1)
+    # Small cells: what a VAE loses of the low clip, or a small DiT cannot move, no later step brings back.
+    vae1, vae2 = _nano_vae(32, 16, (1, 4, 4), 1), _nano_vae(24, 16, (1, 4, 4), 1)
     return Profile(
         name="nano",
         frames=33,
         fps=8,
-        stage1=StageConfig(128, 80, _small_dit(256, 5, 4, (52, 24), text), vae1),
-        stage2=StageConfig(512, 320, _small_dit(256, 5, 4, (32, 16), text), vae2, shift=3.0),
+        stage1=StageConfig(64, 40, _small_dit(256, 5, 4, (68, 32), text), vae1),
+        stage2=StageConfig(256, 160, _small_dit(256, 5, 4, (48, 24), text), vae2, shift=3.0),
         text=TextConfig("words", 4096),
     )
 

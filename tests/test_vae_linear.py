@@ -16,7 +16,7 @@ from swifti2v.engine.vae_layers import from_cells, to_cells
 from swifti2v.engine.weights import load_vae, save_vae
 from swifti2v.training.components import fit_linear, freeze_linear, maps_hash
 from swifti2v.training.log import TrainingError
-from swifti2v.training.vae import new_vae, psnr
+from swifti2v.training.vae import finished, new_vae, psnr
 
 PLAIN = replace(get_profile("tiny").stage2.vae, mult=(1, 2, 2), res_blocks=1, temporal=(True, True), mean=(0.1,) * 6)
 CONFIG = replace(PLAIN, linear=True)  # cells of 8x8 pixels and 4 frames
@@ -111,8 +111,36 @@ def test_latents_can_resemble_those_of_another_vae():
     found = new_vae(replace(CONFIG, mean=(0.0,) * 6), 1)
     fit_linear(found, clips, like=known)
     assert float((found.encode(clips[0])[:, :, 1:] - want).norm() / want.norm()) < 1e-3
-    with pytest.raises(TrainingError, match="VAE to resemble: got 5 channels for 8x8x4, want 6 for 8x8x4"):
-        fit_linear(found, clips, like=VAE(replace(CONFIG, latent_channels=5, mean=(0.0,) * 5, std=(1.0,) * 5)))
+    with pytest.raises(TrainingError, match="VAE to resemble: got 7 channels for 8x8x4, want at most 6 for 8x8x4"):
+        fit_linear(found, clips, like=VAE(replace(CONFIG, latent_channels=7, mean=(0.0,) * 7, std=(1.0,) * 7)))
+
+
+@torch.no_grad()
+def test_the_first_channels_can_resemble_those_of_larger_cells():
+    """A VAE of 8x8 pixels, shown the clips at twice their size, has the grid of one of 4x4 pixels."""
+    clips = [video(seed) for seed in range(6)]
+    large = [torch.nn.functional.interpolate(clip, scale_factor=(1, 2, 2), mode="nearest") for clip in clips]
+    known = new_vae(replace(CONFIG, latent_channels=4, mean=(0.0,) * 4, std=(1.0,) * 4), 0)
+    fit_linear(known, large)
+    small = replace(CONFIG, mult=(1, 2, 2), patch=1, residual=False, temporal=(True, True), mean=(0.0,) * 6)
+    found = new_vae(small, 1)
+    assert (found.config.spatial, found.config.time) == (4, known.config.time)
+    fit_linear(found, clips, like=known)
+    want, got = known.encode(large[0])[:, :, 1:], found.encode(clips[0])[:, :4, 1:]
+    likeness = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
+    assert float(likeness) > 0.99, "up to their size: four times the pixels have larger components"
+
+
+@torch.no_grad()
+def test_channels_of_a_finished_linear_vae_have_one_deviation():
+    """How much they differ is what the fit chose: each by itself would make the faintest as large as the first."""
+    vae = new_vae(replace(CONFIG, mean=(0.0,) * 6), 0)
+    clips = [video(seed) for seed in range(6)]
+    fit_linear(vae, clips)
+    done = finished(vae, clips)
+    assert len(set(done.config.std)) == 1
+    latents = torch.cat([done.encode(clip) for clip in clips])
+    assert float(latents.square().mean()) == pytest.approx(1, rel=0.05)
 
 
 def test_the_network_trains_and_the_maps_stay():

@@ -1,10 +1,9 @@
 #!/bin/sh
-# Trains all of `nano` on one GPU machine without a network, in about 13 minutes: the recipe of the shipped weights.
+# Trains all of `nano` from nothing on one GPU machine without a network, in about 13 minutes.
 #   training/all_phases.sh PHOTOS_DIR OUT
-# Needs python3 with torch, numpy, pillow and safetensors, and about 16 cores to draw clips. Phases that do not need each
-# other run at the same time. Each ends by the clock: VAE1, STAGE1 and STAGE2 are their minutes, none over 9; vae2 is
-# fitted, and vae1 too with VAE1_FLAGS=--linear. OUT/models gets the averaged weights, OUT/NAME.log and OUT/NAME/log.jsonl
-# are logs; exits with 1 if one fails.
+# Needs python3 with torch, numpy, pillow and safetensors, and about 16 cores to draw clips. Both VAEs are fitted, at the
+# same time; the DiTs end by the clock: STAGE1 and STAGE2 are their minutes, neither over 9. OUT/models gets the averaged
+# weights, OUT/NAME.log and OUT/NAME/log.jsonl are logs; exits with 1 if one fails.
 set -u
 photos=$1 out=$2
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -25,8 +24,8 @@ run() { # PHASE WORKERS MINUTES [OPTIONS]
   echo "$phase: $(grep ' min$' "$out/$phase.log" | tail -n 1)"
 }
 
-(run vae1 6 "${VAE1:-2.3}" ${VAE1_FLAGS:-} && run stage1 8 "${STAGE1:-2.4}") &
-run vae2 4 1 --linear
+run vae1 7 1 --linear &
+run vae2 7 1 --linear
 code=$?
 wait $! && [ $code = 0 ] || exit 1
-run stage2 14 "${STAGE2:-8}"
+run stage1 14 "${STAGE1:-4}" && run stage2 14 "${STAGE2:-8}"

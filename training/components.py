@@ -7,8 +7,10 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.reference import upsample
 from ..engine.vae import VAE
 from ..engine.vae_layers import to_cells
 from .flow import encode_clip
@@ -23,23 +25,26 @@ def fit_linear(vae: VAE, videos: Iterable[Tensor], like: VAE | None = None) -> N
 
     videos [B, 3, 1 + 4k, H, W]. Components differ a hundredfold in size: equal ones would make a DiT learn mostly the
     faintest, and as they are those would drown in its noise, so each gets the root of its deviation. Then they are
-    turned, which loses nothing: at random, for channels of like size, or to resemble the latents of `like`; the first
-    frame's to agree with those of a still clip. TrainingError if `like` has other cells or channels.
+    turned, which loses nothing: at random, for channels of like size, or so that the first ones resemble the latents of
+    `like`; the first frame's to agree with those of a still clip. `like` may have fewer channels, and cells of more
+    pixels: it is shown the clips enlarged. TrainingError for other ones.
     """
     encoder, decoder, z = vae.encoder.linear, vae.decoder.linear, vae.config.latent_channels
     space, time = vae.config.spatial, vae.config.time
     assert encoder is not None
     assert decoder is not None
-    if like is not None and (like.config.latent_channels, like.config.spatial, like.config.time) != (z, space, time):
+    if like is not None:
         other = like.config
-        raise TrainingError(
-            f"VAE to resemble: got {other.latent_channels} channels for {other.spatial}x{other.spatial}x{other.time}, "
-            f"want {z} for {space}x{space}x{time}; name one with the same cells"
-        )
+        if other.latent_channels > z or other.spatial % space or other.time != time:
+            raise TrainingError(
+                f"VAE to resemble: got {other.latent_channels} channels for "
+                f"{other.spatial}x{other.spatial}x{other.time}, want at most {z} for {space}x{space}x{time}, or for "
+                "whole multiples of its sides; name such a one"
+            )
     first, later = _Moments(), _Moments()
     for video in videos:
         first.add(to_cells(video[:, :, :1], space, 1))
-        known = None if like is None else encode_clip(like, video)[:, :, 1:]
+        known = None if like is None else encode_clip(like, _enlarged(video, like.config.spatial // space))[:, :, 1:]
         later.add(to_cells(video[:, :, 1:], space, time), known)
     own, basis = first.rooted(z), later.rooted(z)
     basis = (_random_rotation(z).to(basis) if like is None else _turn(basis @ later.beside)) @ basis
@@ -120,9 +125,14 @@ class _Moments:
 
 
 def _turn(cross: Tensor) -> Tensor:
-    """The rotation that brings values nearest to others, of their covariance [z, z] with those."""
-    left, _, right = torch.linalg.svd(cross)
+    """The rotation [z, z] that brings the first n of z values nearest to others, of covariance [z, n] with those."""
+    left, _, right = torch.linalg.svd(F.pad(cross, (0, cross.shape[0] - cross.shape[1])))
     return right.T @ left.T
+
+
+def _enlarged(video: Tensor, factor: int) -> Tensor:
+    """[B, 3, T, H, W] -> [B, 3, T, factor*H, factor*W]."""
+    return video if factor == 1 else upsample(video, factor * video.shape[3], factor * video.shape[4])
 
 
 def _random_rotation(size: int) -> Tensor:

@@ -25,6 +25,7 @@ from .components import fit_linear, freeze_linear, maps_hash
 from .decoder import DecoderConfig, DecoderTask, decoder_samples
 from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
+from .grow import grown
 from .log import TrainingError
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
@@ -37,16 +38,14 @@ from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 ODDS = MotionOdds(
     moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
 )
-# 512x320, 33 frames, low resolution 128x80: the grids of `nano`.
-CLIPS = ClipConfig(turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
-# Where the low resolution alone is wanted it is drawn at twice its size, not four times: as sharp, and 3 times faster.
-LOW_CLIPS = replace(CLIPS, width=256, height=160, low_factor=2)
+# 256x160, 33 frames, low resolution 64x40: the grids of `nano`.
+CLIPS = ClipConfig(256, 160, turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
 STATISTICS_PIECES, STATISTICS_STRIDE = 256, 8  # of a VAE's pixels and latents; steps between batches, for other clips
 
 
 @dataclass(frozen=True)
 class VaePhase:
-    """One VAE; `low` trains it on the low resolution, in pixels of `LOW_CLIPS`."""
+    """One VAE; `low` trains it on the low resolution, in pixels of its size."""
 
     train: TrainConfig
     samples: Samples
@@ -79,7 +78,7 @@ PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
         TrainConfig(1500, 64, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         Samples(Crops(64, 256, 160), 128, 48.0, group=8),
-        Cuts(64, 48, 33),
+        Cuts(64, 40, 33),
         low=True,
     ),
     "vae2": VaePhase(
@@ -98,7 +97,7 @@ PHASES: dict[str, Phase] = {
         (
             Samples(Crops(48, 128, 128), 192, 20.0, 0.5, 16),
             Samples(Crops(48, 192, 128), 192, 20.0, 0.35, 16),
-            Samples(Crops(12, 384, 256), 48, 20.0, 0.15, 4),
+            Samples(Crops(24, 256, 160), 96, 20.0, 0.15, 8),
         ),
         STAGE2,
     ),
@@ -148,7 +147,7 @@ def train_task(
         raise TrainingError(f"{name}: got --start or --compile, want neither: it begins with vae2; leave them out")
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
-    settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(_clips(phase))}
+    settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(CLIPS)}
     if isinstance(phase, VaePhase):
         if begin is None:
             vae = new_vae(_stage(phase).vae, step_seed(train.seed, name))
@@ -178,7 +177,7 @@ def train_task(
     def learn(clips: ClipBatch, seed: int) -> list[tuple[Tensor, Tensor]]:
         return decoder_samples(one, dit, vae, clips, phase.config, seed)
 
-    pool = sample_pool(drawer, _clips(phase), phase.samples, train, learn, name)
+    pool = sample_pool(drawer, CLIPS, phase.samples, train, learn, name)
     return DecoderTask(vae, pool, phase.config, **settings)
 
 
@@ -189,7 +188,9 @@ def _dit_task(
     profile, config, device = get_profile("nano"), phase.config, phase.train.device
     stage = _stage(phase)
     torch.manual_seed(step_seed(phase.train.seed, name))
-    dit = DiT(stage.dit) if begin is None else load_dit(begin, dtype=torch.float32).requires_grad_(True)
+    dit = (
+        DiT(stage.dit) if begin is None else grown(load_dit(begin, dtype=torch.float32), stage.dit).requires_grad_(True)
+    )
     if compiled:
         fuse(dit)
     if isinstance(config, Stage1Config):
@@ -253,10 +254,6 @@ def _stage(phase: Phase) -> StageConfig:
     return profile.stage1 if _low(phase) else profile.stage2
 
 
-def _clips(phase: Phase) -> ClipConfig:
-    return LOW_CLIPS if _low(phase) else CLIPS
-
-
 def _statistics(name: str, drawer: Drawer, phase: VaePhase) -> Iterator[Tensor]:
     """Pieces to measure, always the same."""
     steps = range(0, STATISTICS_STRIDE * max(1, STATISTICS_PIECES // phase.cuts.count), STATISTICS_STRIDE)
@@ -275,7 +272,7 @@ def _videos(name: str, drawer: Drawer, phase: VaePhase) -> Pool[Tensor]:
     def learn(clips: ClipBatch, _: int) -> list[Tensor]:
         return list((clips.low if phase.low else clips.high).half().split(1))
 
-    return sample_pool(drawer, _clips(phase), phase.samples, phase.train, learn, name)
+    return sample_pool(drawer, CLIPS, phase.samples, phase.train, learn, name)
 
 
 def _pools(
@@ -283,7 +280,7 @@ def _pools(
 ) -> Callable[[int, int], LatentBatch]:
     """Batches from one pool for each size of samples; `learn(clips, seed)` encodes a group."""
     pools = [
-        latent_pool(drawer, _clips(phase), item, phase.train, learn, phase.train.device, name, item.crops.width)
+        latent_pool(drawer, CLIPS, item, phase.train, learn, phase.train.device, name, item.crops.width)
         for item in phase.samples
     ]
     return mixed(pools, [item.share for item in phase.samples])

@@ -6,7 +6,7 @@ of a call changes no value.
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from math import log10
+from math import log10, sqrt
 from typing import Any
 
 import torch
@@ -132,8 +132,13 @@ def latent_statistics(vae: VAE, videos: Iterable[Tensor]) -> tuple[tuple[float, 
 
 
 def finished(vae: VAE, videos: Iterable[Tensor]) -> VAE:
-    """The VAE for use: same weights (copied), with the latent statistics of these videos in its config."""
+    """The VAE for use: same weights (copied), with the latent statistics of these videos in its config.
+
+    Linear maps have one deviation for all channels: how much they differ is meant, see `fit_linear`.
+    """
     mean, std = latent_statistics(vae, videos)
+    if vae.config.linear:
+        std = (sqrt(sum(value**2 for value in std) / len(std)),) * len(std)
     copy = VAE(replace(vae.config, mean=mean, std=std)).to(vae.mean.device)
     copy.load_state_dict(vae.state_dict())
     return copy.eval().requires_grad_(False)
