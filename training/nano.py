@@ -188,9 +188,10 @@ def _dit_task(
     profile, config, device = get_profile("nano"), phase.config, phase.train.device
     stage = _stage(phase)
     torch.manual_seed(step_seed(phase.train.seed, name))
-    dit = (
-        DiT(stage.dit) if begin is None else grown(load_dit(begin, dtype=torch.float32), stage.dit).requires_grad_(True)
-    )
+    if begin is None:
+        dit = DiT(stage.dit)
+    else:
+        dit = grown(load_dit(begin, dtype=torch.float32), stage.dit).requires_grad_(True)
     if compiled:
         fuse(dit)
     if isinstance(config, Stage1Config):
