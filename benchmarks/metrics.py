@@ -107,6 +107,12 @@ def seam_ratio(sums: np.ndarray) -> float:
     return float(between / between_count / (within / within_count))
 
 
+def block_pulse(sums: np.ndarray) -> float:
+    """Mean J at all block boundaries, of `seam_sums` of clips [n, 4]; 1 is a motion that does not halt in a block."""
+    between, between_count, within, within_count = sums.sum(0)
+    return float((between + within) / (between_count + within_count))
+
+
 def first_step(frames: np.ndarray, block_frames: int) -> np.ndarray:
     """(D of the step from the image to frame 1, mean D of the other steps of block 1), float64 [2]."""
     d = steps(frames[: block_frames + 1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .measure import Estimate, Row, Rows, Statistic, bootstrap
-from .metrics import colour_drift, psnr, seam_ratio
+from .metrics import block_pulse, colour_drift, psnr, seam_ratio
 
 Group = Literal["truth", "moving", "static", "generated", "following", "control"]
 
@@ -139,6 +139,14 @@ GENERATED = (
     Metric(
         "seam_ratio_stage1", "the same of Stage I upsampled, which has no seams", "x", "generated",
         lambda rows: seam_ratio(rows["stage1_seams"]),
+    ),
+    Metric(
+        "block_pulse", "step from one latent block to the next over its neighbours", "x", "generated",
+        lambda rows: block_pulse(rows["seams"]),
+    ),
+    Metric(
+        "block_pulse_stage1", "the same of Stage I upsampled", "x", "generated",
+        lambda rows: block_pulse(rows["stage1_seams"]),
     ),
     Metric(
         "first_frame_psnr_db", "decoded frame 0 against the image, PSNR", "dB", "generated",

@@ -70,21 +70,17 @@ def _wan(name: str, frames: int) -> Profile:
     )
 
 
-def _nano_vae(channels: int) -> VAEConfig:
-    """Two down-samplings of space and time with one block each: small, so that a laptop is enough."""
-    mean, std = _plain(channels)
-    return VAEConfig(channels, 16, 16, mean, std, (1, 4, 4), res_blocks=1, temporal=(True, True), residual=True)
-
-
 def _nano() -> Profile:
     text = (128, 32)
-    # Small cells: what a VAE loses of the low clip, or a small DiT cannot move, no later step brings back.
+    # Small cells of many channels: what a VAE loses, or a small DiT cannot move, no later step brings back.
+    mean, std = _plain(48)
+    vae = VAEConfig(48, 16, 16, mean, std, (1, 4, 4), res_blocks=1, temporal=(True, True), residual=True)
     return Profile(
         name="nano",
         frames=33,
         fps=8,
-        stage1=StageConfig(64, 40, _small_dit(256, 5, 4, (68, 32), text), _nano_vae(32)),
-        stage2=StageConfig(256, 160, _small_dit(256, 5, 4, (48, 24), text), _nano_vae(24), shift=3.0),
+        stage1=StageConfig(64, 40, _small_dit(256, 5, 4, (100, 48), text), vae),
+        stage2=StageConfig(256, 160, _small_dit(256, 5, 4, (96, 48), text), vae, shift=3.0),
         text=TextConfig("words", 4096),
     )
 

@@ -18,7 +18,8 @@ KEYS = {
     "psnr_gain_db", "psnr_db", "bicubic_psnr_db", "true_low_psnr_db", "vae_psnr_db", "vae1_psnr_db", "ssim",
     "transition_psnr_db",
     "bicubic_ssim", "sharpness_over_bicubic", "sharpness_over_truth", "flicker", "dynamic_degree",
-    "dynamic_degree_truth", "seam_ratio", "seam_ratio_stage1", "first_frame_psnr_db", "first_step_ratio",
+    "dynamic_degree_truth", "seam_ratio", "seam_ratio_stage1", "block_pulse", "block_pulse_stage1",
+    "first_frame_psnr_db", "first_step_ratio",
     "colour_drift_levels", "colour_drift_stage1_levels", "dynamic_degree_moving", "dynamic_degree_static",
     "prompt_following", "prompt_following_control",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from swifti2v.benchmarks.measure import Row, bootstrap, measured, resident_bytes
 from swifti2v.benchmarks.metrics import (
+    block_pulse,
     boundaries,
     colour_drift,
     first_step,
@@ -131,6 +132,8 @@ def test_seam_ratio_is_of_what_is_planted(tiny: Profile):
     np.testing.assert_allclose(seam_sums(grey([100] * tiny.frames), tiny), [2, 2, 5, 5])
     hidden = planted(tiny, dict.fromkeys(between, 2) | dict.fromkeys(within, 4))
     both = np.stack((seam_sums(even, tiny), seam_sums(hidden, tiny)))
+    assert block_pulse(seam_sums(even, tiny)[None]) == pytest.approx(16 / 7, rel=3e-3)
+    assert block_pulse(seam_sums(grey([100] * tiny.frames), tiny)[None]) == pytest.approx(1)
     assert seam_ratio(both) == pytest.approx((10 / 4) / (30 / 10), rel=3e-3)  # sums are pooled, not ratios
 
 

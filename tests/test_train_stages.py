@@ -178,6 +178,8 @@ def test_noise_levels_cover_the_range_and_favour_inference():
     on_grid = (drawn.unsqueeze(1) - grid).abs().min(dim=1).values < 1e-6
     assert 0.45 < on_grid.float().mean() < 0.55
     assert (NoiseLevels(grid_share=0.0).draw(4000, torch.Generator().manual_seed(0)) < 0.5).float().mean() > 0.1
+    uniform = NoiseLevels(grid_share=0.0, between=1.0).draw(4000, torch.Generator().manual_seed(0))
+    assert (uniform < 0.5).float().mean() == pytest.approx(0.5, abs=0.03)
 
 
 @given(blocks=st.integers(2, 30), seed=st.integers(0, 1000))

@@ -47,16 +47,18 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Which noise levels are trained: uniform before the shift, and for a share exactly those of inference."""
+    """Which noise levels are trained: for a share exactly those of inference, else uniform before a shift."""
 
     shift: float = 5.0
     steps: int = 4
     grid_share: float = 0.5
+    between: float | None = None  # the shift of those that are not inference's, if it is another; 1 = uniform
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` sigmas in (0, 1], fp32 [count] on the CPU."""
         uniform = 1 - torch.rand(count, generator=generator)
-        shifted = self.shift * uniform / (1 + (self.shift - 1) * uniform)
+        shift = self.shift if self.between is None else self.between
+        shifted = shift * uniform / (1 + (shift - 1) * uniform)
         grid = torch.tensor(flow_sigmas(self.steps, self.shift))
         chosen = grid[torch.randint(self.steps, (count,), generator=generator)]
         return torch.where(torch.rand(count, generator=generator) < self.grid_share, chosen, shifted)

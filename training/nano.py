@@ -38,8 +38,10 @@ from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 ODDS = MotionOdds(
     moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
 )
-# 256x160, 33 frames, low resolution 64x40: the grids of `nano`.
-CLIPS = ClipConfig(256, 160, turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
+NANO = get_profile("nano")
+CLIPS = ClipConfig(
+    NANO.width, NANO.height, NANO.frames, NANO.width // NANO.stage1.width, turn=0.5, swap=0.5, blend=0.25, odds=ODDS
+)
 STATISTICS_PIECES, STATISTICS_STRIDE = 256, 8  # of a VAE's pixels and latents; steps between batches, for other clips
 
 
@@ -73,6 +75,8 @@ class DitPhase:
 
 
 Phase = VaePhase | DecoderPhase | DitPhase
+# Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
+STAGE1 = Stage1Config(NoiseLevels(between=1.0))
 STAGE2 = Stage2Config(NoiseLevels(shift=3.0), own_context=0.15)
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
@@ -90,7 +94,7 @@ PHASES: dict[str, Phase] = {
     "stage1": DitPhase(
         TrainConfig(3000, 96, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         (Samples(Crops(96, 256, 160), 512, 96.0, 0.75, 16), Samples(Crops(96, 192, 128), 256, 96.0, 0.25, 16)),
-        Stage1Config(),
+        STAGE1,
     ),
     "stage2": DitPhase(
         TrainConfig(5000, 48, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
@@ -185,7 +189,7 @@ def _dit_task(
     name: str, drawer: Drawer, models: Path, phase: DitPhase, begin: Path | None, compiled: bool, settings: dict
 ) -> Task:
     """The task of one of the DiTs."""
-    profile, config, device = get_profile("nano"), phase.config, phase.train.device
+    config, device = phase.config, phase.train.device
     stage = _stage(phase)
     torch.manual_seed(step_seed(phase.train.seed, name))
     if begin is None:
@@ -197,7 +201,7 @@ def _dit_task(
     if isinstance(config, Stage1Config):
         vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
         if begin is None:
-            words = WordEncoder(profile.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
+            words = WordEncoder(NANO.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
         else:
             words = load_words(begin.parent / "text").requires_grad_(True)
         make = _pools(name, drawer, phase, lambda clips, _: stage1_batch(vae1, clips))
@@ -251,8 +255,7 @@ def _low(phase: Phase) -> bool:
 
 
 def _stage(phase: Phase) -> StageConfig:
-    profile = get_profile("nano")
-    return profile.stage1 if _low(phase) else profile.stage2
+    return NANO.stage1 if _low(phase) else NANO.stage2
 
 
 def _statistics(name: str, drawer: Drawer, phase: VaePhase) -> Iterator[Tensor]:
