@@ -74,7 +74,9 @@ def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig
         raise TrainingError(f"transition: got no Stage I, want one for probability {config.probability}; pass it, or 0")
     count = latents.shape[0]
     spread = config.highest - config.lowest
+    # Drawn before the noise: models whose latents are of other sizes get the same levels.
     start = config.lowest + spread * torch.rand(count, generator=generator)
+    taken = (torch.rand(count, generator=generator) < config.probability).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     text = encode_prompts(stage1.words, list(clips.prompts), latents.device)
     condition = first_frame_condition(stage1.vae, clips.low)
@@ -84,7 +86,6 @@ def transit_latents(stage1: StageOne, clips: ClipBatch, config: TransitionConfig
         return stage1.velocity(torch.cat((x, condition), dim=1), sigma, text, tokens)
 
     made = few_steps(velocity, noised(latents, noise, start), start, config.steps, config.shift)
-    taken = (torch.rand(count, generator=generator) < config.probability).to(latents.device)
     return torch.where(taken.view(-1, 1, 1, 1, 1), made, latents)  # [B] -> [B, 1, 1, 1, 1]
 
 
