@@ -1,9 +1,11 @@
 """The table of quality metrics: how each is pooled from the clips' sums, and the gate it must pass."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from .measure import Estimate, Row, Rows, Statistic, bootstrap
 from .metrics import block_pulse, colour_drift, psnr, seam_ratio
@@ -91,6 +93,10 @@ def _ratio(above: str, below: str) -> Statistic:
     return lambda rows: float(rows[above].sum() / rows[below].sum())
 
 
+def _pooled(pool: Callable[[np.ndarray], float], name: str) -> Statistic:
+    return lambda rows: pool(rows[name])
+
+
 def _gain(rows: Rows) -> float:
     return psnr(rows["stage2_error"], rows["count"]) - psnr(rows["bicubic_error"], rows["count"])
 
@@ -130,23 +136,23 @@ TRUTH = (
 )  # fmt: skip
 GENERATED = (
     Metric(
-        "seam_ratio", "seam ratio", "x", "generated", lambda rows: seam_ratio(rows["seams"]), Gate(most=1.1)
+        "seam_ratio", "seam ratio", "x", "generated", _pooled(seam_ratio, "seams"), Gate(most=1.1)
     ),
     Metric(
         "seam_ratio_static", "the same of static scenes alone, where a seam shows most", "x", "static",
-        lambda rows: seam_ratio(rows["seams"]),
+        _pooled(seam_ratio, "seams"),
     ),
     Metric(
         "seam_ratio_stage1", "the same of Stage I upsampled, which has no seams", "x", "generated",
-        lambda rows: seam_ratio(rows["stage1_seams"]),
+        _pooled(seam_ratio, "stage1_seams"),
     ),
     Metric(
         "block_pulse", "step from one latent block to the next over its neighbours", "x", "generated",
-        lambda rows: block_pulse(rows["seams"]),
+        _pooled(block_pulse, "seams"),
     ),
     Metric(
         "block_pulse_stage1", "the same of Stage I upsampled", "x", "generated",
-        lambda rows: block_pulse(rows["stage1_seams"]),
+        _pooled(block_pulse, "stage1_seams"),
     ),
     Metric(
         "first_frame_psnr_db", "decoded frame 0 against the image, PSNR", "dB", "generated",
@@ -158,11 +164,11 @@ GENERATED = (
     ),
     Metric(
         "colour_drift_levels", "colour drift last against first segment, static scenes", "/255", "static",
-        lambda rows: colour_drift(rows["colours"]), Gate(most=1.0, open=True),
+        _pooled(colour_drift, "colours"), Gate(most=1.0, open=True),
     ),
     Metric(
         "colour_drift_stage1_levels", "the same of Stage I upsampled", "/255", "static",
-        lambda rows: colour_drift(rows["stage1_colours"]),
+        _pooled(colour_drift, "stage1_colours"),
     ),
     Metric("dynamic_degree_moving", "dynamic degree, moving scenes", "px/frame", "moving", _mean("dynamic")),
     Metric("dynamic_degree_static", "dynamic degree, static scenes", "px/frame", "static", _mean("dynamic")),

@@ -57,8 +57,7 @@ class NoiseLevels:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` sigmas in (0, 1], fp32 [count] on the CPU."""
         uniform = 1 - torch.rand(count, generator=generator)
-        shift = self.shift if self.between is None else self.between
-        shifted = shift * uniform / (1 + (shift - 1) * uniform)
+        shifted = _shifted(uniform, self.shift if self.between is None else self.between)
         grid = torch.tensor(flow_sigmas(self.steps, self.shift))
         chosen = grid[torch.randint(self.steps, (count,), generator=generator)]
         return torch.where(torch.rand(count, generator=generator) < self.grid_share, chosen, shifted)
