@@ -52,6 +52,10 @@ UNTRAINED = "UNTRAINED weights: no number here says anything about the method."
     help="Set of photographs: decide on val, report on held-out.",
 )  # fmt: skip
 @click.option("--footage", type=PATH, multiple=True, help="A real video, measured as a group of its own; repeatable.")
+@click.option(
+    "--transition-levels", type=float, nargs=2, default=(TransitionConfig.lowest, TransitionConfig.highest),
+    show_default=True, help="Noise that Stage I starts from in references; the default is training's.",
+)  # fmt: skip
 @click.option("--full", is_flag=True, help="Also the ablations, and all six prompts on every crop.")
 @click.option(
     "--compare", multiple=True, metavar="NAME=FOLDER",
@@ -75,6 +79,7 @@ def quality(
     allow_missing: bool,
     split: str,
     footage: tuple[Path, ...],
+    transition_levels: tuple[float, float],
     full: bool,
     compare: tuple[str, ...],
     export_vbench: Path | None,
@@ -92,6 +97,8 @@ def quality(
     others = dict(_other(text, profile_name, model_dir, loaded) for text in compare)
     if len(others) != len(compare):
         raise click.UsageError("--compare: got one NAME twice, want each once; rename one")
+    if packed is not None and folders:
+        raise click.UsageError("--packed: got --photos-dir too, want one of them; leave one out")
     if packed is not None:
         photos = load_packed(packed, split)
     else:
@@ -100,7 +107,8 @@ def quality(
     if out is not None:
         _make_folder(out)
     export = None if export_vbench is None else VBenchExport(export_vbench, loaded.profile.fps)
-    options = Options(clips, crops, seed, full)
+    transition = _transition(loaded, *transition_levels)
+    options = Options(clips, crops, seed, full, transition)
     started = time.perf_counter()
     with _progress(console, work_steps(options, len(films)), quiet) as on_step:
         report = run_quality(loaded, photos, options, films, on_step, export, others)
@@ -168,6 +176,14 @@ def _other(text: str, profile_name: str, model_dir: Path | None, loaded: Loaded)
     return name, load_dit(path, dtype=loaded.dtype, device=loaded.device)
 
 
+def _transition(loaded: Loaded, lowest: float, highest: float) -> TransitionConfig:
+    """Stage transition from these levels, with the steps Stage I has at inference."""
+    if not 0 < lowest <= highest <= 1:
+        raise click.UsageError(f"--transition-levels: got {lowest} {highest}, want 0 < LOW <= HIGH <= 1; correct them")
+    stage = loaded.profile.stage1
+    return TransitionConfig(lowest=lowest, highest=highest, steps=stage.steps, shift=stage.shift)
+
+
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +200,7 @@ def _about(loaded: Loaded, split: str, photos: list[np.ndarray], options: Option
         "dtype": dtype_name(loaded.dtype),
         "photos": len(photos),
         "split": split,
-        "transition": asdict(TransitionConfig()),
+        "transition": asdict(options.transition),
         "options": {"clips": options.clips, "crops": options.crops, "seed": options.seed, "full": options.full},
         "seconds": round(seconds, 1),
         "versions": versions(),
@@ -198,7 +214,8 @@ def _facts(about: dict[str, Any]) -> list[str]:
         f"{profile['frames']} frames of {'x'.join(map(str, profile['size']))}, {about['device']}, {about['dtype']}, "
         f"{weights}",
         f"{about['photos']} {about['split']} photographs, {options['clips']} clips of each kind, "
-        f"{options['crops']} crops, seed {options['seed']}, {about['seconds']:.0f} seconds",
+        f"{options['crops']} crops, seed {options['seed']}, transition from {about['transition']['lowest']:g} to "
+        f"{about['transition']['highest']:g}, {about['seconds']:.0f} seconds",
     ]
 
 

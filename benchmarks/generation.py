@@ -80,11 +80,11 @@ def stage_one(loaded: Loaded) -> StageOne:
     return StageOne(cast(DiT, dit), cast(WordEncoder, words), cast(VAE, vae))
 
 
-def transition_motion(one: StageOne, clip: TruthClip) -> Tensor:
+def transition_motion(one: StageOne, clip: TruthClip, config: TransitionConfig) -> Tensor:
     """Motion latents [1, z, F, h', w'] of the truth after stage transition, by the clip's seed."""
     low = to_pixels(clip.low).to(next(one.vae.parameters()).device)
     batch = ClipBatch(low, low, [clip.prompt])  # the high resolution is not read
-    return transit_latents(one, batch, TransitionConfig(), torch.Generator().manual_seed(clip.seed))
+    return transit_latents(one, batch, config, torch.Generator().manual_seed(clip.seed))
 
 
 @torch.no_grad()

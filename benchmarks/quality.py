@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -32,9 +32,8 @@ NOTES = (
     "95 %, percentile bootstrap over clips, 2000 resamples. Clips that share a photograph count as independent, so "
     "with few photographs the intervals are too narrow.",
     "Where a clip is compared with the truth, Stage II gets the truth after stage transition (noised, denoised by "
-    f"Stage I in {TransitionConfig().steps} steps, decoded) as training does it now: noised to a level of "
-    f"{TransitionConfig().lowest:g} to {TransitionConfig().highest:g}, and a share of "
-    f"{1 - TransitionConfig().probability:g} only encoded and decoded. Bicubic is of the same low-resolution clip. "
+    "Stage I in {steps} steps, decoded): noised to a level of {lowest:g} to {highest:g}, and a share of {plain:g} only "
+    "encoded and decoded. Bicubic is of the same low-resolution clip. "
     "All other clips are real Stage I output. Motions are drawn with the generator's own odds: more moves at once, and "
     "more objects, than `nano` is mostly trained on.",
     "Clip i of a kind is over photograph i of the set; crops go through all of them. Dynamic degree is in pixels of "
@@ -50,10 +49,11 @@ NOTES = (
 class Options:
     """How much is measured: truth and moving clips (half as many static ones), crops for prompts, ablations."""
 
-    clips: int = len(CANONICAL)  # every prompt once
+    clips: int = 16  # each of 8 photographs twice
     crops: int = 64
     seed: int = 0
     full: bool = False
+    transition: TransitionConfig = field(default_factory=TransitionConfig)
 
     @property
     def static(self) -> int:
@@ -98,7 +98,9 @@ def run_quality(
 
     `others` are DiTs that the ablations compare with the second one, by name.
     """
-    report, rows = Report(notes=list(NOTES)), dict[Group, list[Row]]()
+    levels = options.transition
+    stated = {**asdict(levels), "plain": 1 - levels.probability}
+    report, rows = Report(notes=[note.format_map(stated) for note in NOTES]), dict[Group, list[Row]]()
     variants = plan_variants(loaded.profile, others) if options.full else []
     with Session.open(loaded) as session:
         case = _Case(session, loaded, stage_one(loaded), photos, options, report, on_step)
@@ -137,7 +139,7 @@ class _Case:
         """Rows of clips whose truth is known; of footage also what is seen without it."""
         rows: list[Row] = []
         for clip in clips:
-            motion = transition_motion(self.one, clip)
+            motion = transition_motion(self.one, clip, self.options.transition)
             made = generate(self.session, Request(clip.frames[0], clip.prompt, seed=clip.seed), motion)
             seen = generated_row(self.loaded.profile, clip.frames[0], made) if filmed else {}
             rows.append({**truth_row(self.loaded, clip, made), **seen})

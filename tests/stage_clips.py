@@ -1,7 +1,10 @@
 """Small clips and models to train both stages on, their tasks, and the first stage that transition runs."""
 
+from collections.abc import Iterable
+from math import log10
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swifti2v.engine.dit import DiT
 from swifti2v.engine.profile import Profile
@@ -62,3 +65,14 @@ def stage2_task(parts: dict[str, nn.Module], **config) -> Stage2Task:
         lambda step, seed: stage2_batch(one, vae, clips(step, seed), settings.transition, seed),
         settings,
     )
+
+
+@torch.no_grad()
+def round_trip_psnr(vae: VAE, videos: Iterable[Tensor]) -> float:
+    """PSNR in dB of decoding what was encoded, squared error pooled over all videos [B, 3, 1 + 4k, H, W] in [-1, 1]."""
+    error, count = 0.0, 0
+    for video in videos:
+        clip = video.to(vae.mean.device)
+        error += float((vae.decode(vae.encode(clip)).float() - clip).double().square().sum())
+        count += clip.numel()
+    return 10 * log10(4 * count / max(error, 1e-12))

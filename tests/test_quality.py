@@ -23,6 +23,8 @@ from swifti2v.runtime.models import Loaded, untrained_models
 from swifti2v.runtime.prompts import GivenPrompts
 from swifti2v.runtime.session import Request, Session
 from swifti2v.runtime.video import VideoWriter
+from swifti2v.training import nano
+from swifti2v.training.transition import TransitionConfig
 
 
 def photo(seed: int, width: int = 260, height: int = 180) -> np.ndarray:
@@ -72,10 +74,14 @@ def test_truth_clips_are_seeded_and_go_through_the_photographs(short: Profile):
 
 def test_the_motion_after_transition_is_seeded_and_near_the_truth(loaded: Loaded):
     one, clip = stage_one(loaded), truth_clip(PHOTOS, loaded.profile, 0, 0)
-    motion = transition_motion(one, clip)
+    motion = transition_motion(one, clip, TransitionConfig())
     assert tuple(motion.shape) == (1, 4, 5, 4, 6)
-    torch.testing.assert_close(motion, transition_motion(one, clip), rtol=0, atol=0)
-    assert not torch.equal(motion, transition_motion(one, replace(clip, seed=clip.seed + 1)))
+    torch.testing.assert_close(motion, transition_motion(one, clip, TransitionConfig()), rtol=0, atol=0)
+    assert not torch.equal(motion, transition_motion(one, replace(clip, seed=clip.seed + 1), TransitionConfig()))
+
+
+def test_transition_is_evaluated_as_it_is_trained():
+    assert Options().transition == nano.STAGE2.transition
 
 
 def test_a_stage_one_without_the_word_encoder_is_refused(loaded: Loaded):
@@ -134,7 +140,7 @@ def test_variants_run_on_the_same_clip_and_differ(loaded: Loaded):
     other = DiT(loaded.profile.stage2.dit).eval()
     variants = plan_variants(loaded.profile, {"other": other, "itself": loaded.modules["stage2"]})
     clip = truth_clip(PHOTOS, loaded.profile, 0, 0)
-    motion = transition_motion(stage_one(loaded), clip)
+    motion = transition_motion(stage_one(loaded), clip, TransitionConfig())
     run_variants(loaded, variants, clip, motion)
     results = {item.name: item for item in variant_results(variants, 0)}
     assert results["default"].values["psnr_change_db"][0] == 0

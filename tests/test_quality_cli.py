@@ -35,8 +35,10 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run that several tests look at."""
     folder = tmp_path_factory.mktemp("quality")
-    files = ["--out", folder / "out", "--export-vbench", folder / "vbench", "--json"]
-    return folder, bench("quality", *TINY, "--untrained", "--clips", 2, "--crops", 2, *files)
+    files = ["--out", folder / "out", "--export-vbench", folder / "vbench", "--json", "--transition-levels", 0.3, 0.75]
+    return folder, bench(
+        "quality", *TINY, "--untrained", "--clips", 2, "--crops", 2, "--transition-levels", 0.3, 0.75, *files
+    )
 
 
 def test_one_envelope_with_every_key(ran):
@@ -51,6 +53,8 @@ def test_one_envelope_with_every_key(ran):
         assert low is None or low <= result[key]["mean"] <= high, key
     assert result["psnr_gain_db"]["gate"]["want"] == ">= 2"
     assert result["trained"] is False
+    assert result["transition"]["highest"] == 0.75
+    assert any("noised to a level of 0.3 to 0.75, and a share of 0.2 only encoded" in note for note in result["notes"])
     assert "UNTRAINED" in result["notes"][0]
     missed = {key for key in KEYS if not result[key].get("gate", {"passed": True})["passed"]}
     assert set(result["gates_missed"]) == missed
@@ -113,8 +117,8 @@ def test_the_table_without_json():
     assert done.stderr == ""
 
 
-def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Without --full it would go unused, and on another VAE's latents a DiT knows nothing."""
+def test_arguments_that_say_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A comparison without --full would go unused, and on another VAE's latents a DiT knows nothing."""
     shipped = Path(__file__).parents[1] / "weights" / "nano"
     shutil.copytree(shipped, tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "vae2")
@@ -129,6 +133,8 @@ def test_a_comparison_that_says_nothing_is_refused(tmp_path: Path, capsys: pytes
         (["--full", "--compare", f"other={tmp_path / 'other'}"], 1, "other: got another VAE of Stage II"),
         (["--full", "--compare", f"other={tmp_path / 'mixed'}"], 1, "other: got a DiT of another size"),
         (["--full", "--compare", f"a={shipped}", "--compare", f"a={shipped}"], 2, "got one NAME twice"),
+        (["--transition-levels", "0.5", "0.3"], 2, "--transition-levels: got 0.5 0.3"),
+        (["--packed", "photos.safetensors", "--photos-dir", "."], 2, "--packed: got --photos-dir too"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([*quick, *arguments])

@@ -24,7 +24,7 @@ from swifti2v.training.flow import Expert, ExpertLevels, NoiseLevels, dit_veloci
 from swifti2v.training.log import TrainingError
 from swifti2v.training.stage1 import Stage1Task, first_frame_condition, stage1_batch
 from swifti2v.training.stage2 import Stage2Config, draw_plan
-from swifti2v.training.transition import StageOne, TransitionConfig, hybrid_reference, transit
+from swifti2v.training.transition import StageOne, TransitionConfig, hybrid_reference, transit, transit_latents
 
 BOUNDARY = 0.9
 
@@ -105,6 +105,24 @@ def test_transition_runs_stage_one(parts):
     again = transit(stage_one(parts), batch, always, generator.manual_seed(1))
     assert error(again, made) > 1e-3, "the artifacts are those of this Stage I"
     assert made.shape == batch.low.shape
+
+
+@pytest.mark.parametrize(("probability", "calls"), [(1.0, 3), (0.0, 0)])
+def test_training_of_stage_two_runs_stage_one(parts, probability: float, calls: int):
+    outputs = calls_of(parts["stage1"])
+    transition = TransitionConfig(probability=probability, steps=3)
+    stage2_task(parts, own_context=0.0, transition=transition).loss(0, 0)
+    assert len(outputs) == calls
+
+
+def test_a_share_of_the_clips_goes_through_stage_one(parts):
+    batch, share = clips(0, 0, 2), TransitionConfig(probability=0.5, steps=1)
+    plain = encode_clip(parts["vae1"], batch.low)
+    changed = []
+    for seed in range(16):
+        made = transit_latents(stage_one(parts), batch, share, torch.Generator().manual_seed(seed))
+        changed += [not torch.equal(a, b) for a, b in zip(made, plain, strict=True)]
+    assert 8 <= sum(changed) <= 24, "half of 32, give or take three deviations"
 
 
 def test_the_training_reference_is_the_one_of_inference(tiny: Profile, parts):

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", type=Path, help="photographs written by `pack`")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="threads of the training step (default: torch's)")
+    parser.add_argument("--threads", type=_count, help="threads of the training step (default: torch's)")
     parser.add_argument("--minutes", type=float, help="stop and save after this long; the same command goes on")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of TrainConfig")
     _photo_options(parser)
@@ -118,6 +118,13 @@ def _photo_options(parser: argparse.ArgumentParser) -> None:
         "--photos-dir", action="append", default=[], type=Path, help="folder of photographs; repeatable"
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on without those that are not here")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 up. ValueError for anything else."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def _pack(options: argparse.Namespace) -> None:
@@ -136,8 +143,13 @@ def _nano(options: argparse.Namespace) -> None:
         phase = replace(phase, config=with_transition(phase.config, options.transition))
     if options.like is not None and not options.linear:
         raise TrainingError(f"{name}: got --like without --linear, want it for linear maps alone; add --linear")
-    if options.linear and (options.start is not None or not isinstance(phase, VaePhase)):
-        raise TrainingError(f"{name}: got --linear, want it for vae1 or vae2, without --start; leave one out")
+    if options.finish and options.minutes is None:
+        raise TrainingError(f"{name}: got --finish without --minutes, want the time to end at; add --minutes")
+    if options.linear and not isinstance(phase, VaePhase):
+        raise TrainingError(f"{name}: got --linear, want it for vae1 or vae2 alone; leave it out")
+    idle = [item for item in ("start", "minutes", "compile") if getattr(options, item) not in (None, False)]
+    if options.linear and idle:
+        raise TrainingError(f"{name}: got --linear and --{idle[0]}, want one, as a fit is no training; leave one out")
     models = options.models or options.out / "models"
     drawer = Drawer(_photos(options), options.workers, options.device)
     try:
@@ -219,6 +231,8 @@ def _train(task: Task, config: TrainConfig, folder: Path) -> bool:
 def _photos(options: argparse.Namespace, side: int = 0) -> list[np.ndarray]:
     """The photographs for training, their longer sides up to `side` pixels where that is more than usual."""
     if options.packed is not None:
+        if options.photos_dir:
+            raise TrainingError("photographs: got --packed and --photos-dir, want one of them; leave one out")
         return load_packed(options.packed, "train")
     side = max(side, LOADED_SIDE)
     return load_split("train", options.photos_dir, allow_missing=options.allow_missing, side=side)

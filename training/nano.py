@@ -1,7 +1,7 @@
 """The trainings that make the shipped `nano` models, each a phase with its whole configuration.
 
 A phase trains in FOLDER/NAME and reads the finished models of the phases before it from there:
-vae1 and vae2, then stage1 (needs vae1), stage2 (needs all), and vae2-decoder (needs all, and begins with vae2).
+vae1 and vae2, then stage1 (needs vae1) and stage2 (needs all).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ from .batches import Crops, Cuts, Pool, Samples, latent_pool, mixed, photos_hash
 from .checkpoint import load_ema
 from .clips import ClipConfig
 from .components import fit_linear, freeze_linear, maps_hash
-from .decoder import DecoderConfig, DecoderTask, decoder_samples
 from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .grow import grown
@@ -31,7 +30,7 @@ from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .trainer import Task, TrainConfig, ship, step_seed
-from .transition import StageOne
+from .transition import StageOne, TransitionConfig
 from .vae import VaeLoss, VaeTask, finished, new_vae, raw
 
 # Mostly one camera move at a time: a small model learns these before it learns everything at once.
@@ -39,6 +38,7 @@ ODDS = MotionOdds(
     moves=(0.12, 0.68, 0.17, 0.03), axes=(0.30, 0.22, 0.30, 0.08, 0.05, 0.05), shake=0.08, sprite=0.2, light=0.12
 )
 NANO = get_profile("nano")
+WHOLE = (NANO.width, NANO.height)
 CLIPS = ClipConfig(
     NANO.width, NANO.height, NANO.frames, NANO.width // NANO.stage1.width, turn=0.5, swap=0.5, blend=0.25, odds=ODDS
 )
@@ -57,15 +57,6 @@ class VaePhase:
 
 
 @dataclass(frozen=True)
-class DecoderPhase:
-    """The decoder of Stage II's finished VAE, on latents as the DiT makes them; what that was trained on stays."""
-
-    train: TrainConfig
-    samples: Samples
-    config: DecoderConfig
-
-
-@dataclass(frozen=True)
 class DitPhase:
     """One DiT, on samples of several sizes: whole pictures, and crops that cost less."""
 
@@ -74,14 +65,18 @@ class DitPhase:
     config: Stage1Config | Stage2Config
 
 
-Phase = VaePhase | DecoderPhase | DitPhase
+Phase = VaePhase | DitPhase
 # Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
-STAGE1 = Stage1Config(NoiseLevels(between=1.0))
-STAGE2 = Stage2Config(NoiseLevels(shift=3.0), own_context=0.15)
+STAGE1 = Stage1Config(NoiseLevels(NANO.stage1.shift, NANO.stage1.steps, between=1.0))
+STAGE2 = Stage2Config(
+    NoiseLevels(NANO.stage2.shift, NANO.stage2.steps),
+    TransitionConfig(shift=NANO.stage1.shift, steps=NANO.stage1.steps),
+    own_context=0.15,
+)
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
         TrainConfig(1500, 64, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        Samples(Crops(64, 256, 160), 128, 48.0, group=8),
+        Samples(Crops(64, *WHOLE), 128, 48.0, group=8),
         Cuts(64, 40, 33),
         low=True,
     ),
@@ -93,7 +88,7 @@ PHASES: dict[str, Phase] = {
     ),
     "stage1": DitPhase(
         TrainConfig(3000, 96, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
-        (Samples(Crops(96, 256, 160), 512, 96.0, 0.75, 16), Samples(Crops(96, 192, 128), 256, 96.0, 0.25, 16)),
+        (Samples(Crops(96, *WHOLE), 512, 96.0, 0.75, 16), Samples(Crops(96, 192, 128), 256, 96.0, 0.25, 16)),
         STAGE1,
     ),
     "stage2": DitPhase(
@@ -101,14 +96,9 @@ PHASES: dict[str, Phase] = {
         (
             Samples(Crops(48, 128, 128), 192, 20.0, 0.5, 16),
             Samples(Crops(48, 192, 128), 192, 20.0, 0.35, 16),
-            Samples(Crops(24, 256, 160), 96, 20.0, 0.15, 8),
+            Samples(Crops(24, *WHOLE), 96, 20.0, 0.15, 8),
         ),
         STAGE2,
-    ),
-    "vae2-decoder": DecoderPhase(
-        TrainConfig(1000, 24, lr=1e-3, muon=0.005, warmup=50, ema=0.99, save_every=500, bf16=True),
-        Samples(Crops(24, 192, 128), 96, 12.0, group=16),
-        DecoderConfig(STAGE2),
     ),
 }
 
@@ -127,9 +117,8 @@ def with_batch(phase: Phase, count: int) -> Phase:
     phase = replace(phase, train=replace(phase.train, batch=count))
     if isinstance(phase, DitPhase):
         return replace(phase, samples=tuple(sample(item) for item in phase.samples))
-    if isinstance(phase, VaePhase):
-        phase = replace(phase, cuts=replace(phase.cuts, count=scaled(phase.cuts.count)))
-    return replace(phase, samples=sample(phase.samples))
+    cuts = replace(phase.cuts, count=scaled(phase.cuts.count))
+    return replace(phase, samples=sample(phase.samples), cuts=cuts)
 
 
 def train_task(
@@ -145,52 +134,50 @@ def train_task(
 
     Weights are new, or those of the folder `start`, which holds finished models too.
     """
-    train = phase.train
     begin = None if start is None else start / name
-    if isinstance(phase, DecoderPhase) and (start is not None or compiled):
-        raise TrainingError(f"{name}: got --start or --compile, want neither: it begins with vae2; leave them out")
     # What a run is made of: to go on with other photographs or other models would be another run.
     settings: dict[str, Any] = {"start": None if begin is None else fingerprint(begin)}
     settings |= {"photos": photos_hash(drawer.photos), "clips": asdict(CLIPS)}
     if isinstance(phase, VaePhase):
-        if begin is None:
-            vae = new_vae(_stage(phase).vae, step_seed(train.seed, name))
-        else:
-            vae = raw(load_vae(begin, dtype=torch.float32))
-        settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
-        if vae.config.linear:
-            settings["maps"] = maps_hash(vae)
-        vae.requires_grad_(True).to(train.device)
-        freeze_linear(vae)
-        pool, cuts = _videos(name, drawer, phase), phase.cuts
-        return VaeTask(vae, lambda step, seed: cuts.take(pool(step, seed), seed), phase.loss, fuse=compiled, **settings)
-    read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
-    if isinstance(phase, DecoderPhase):
-        read.append("stage2")
-    settings["models"] = fingerprint(*(models / item for item in read))
-    if isinstance(phase, DitPhase):
-        settings["samples"] = [asdict(item) for item in phase.samples]
-        return _dit_task(name, drawer, models, phase, begin, compiled, settings)
-    settings["samples"] = asdict(phase.samples)
-    vae = load_vae(models / "vae2", dtype=torch.float32, device=train.device)
-    vae.decoder.requires_grad_(True)
-    vae.post_quant.requires_grad_(True)
+        return _vae_task(name, drawer, phase, begin, compiled, settings)
+    return _dit_task(name, drawer, models, phase, begin, compiled, settings)
+
+
+def _vae_task(
+    name: str, drawer: Drawer, phase: VaePhase, begin: Path | None, compiled: bool, settings: dict[str, Any]
+) -> Task:
+    """The task of one of the VAEs."""
+    if begin is None:
+        vae = new_vae(_stage(phase).vae, step_seed(phase.train.seed, name))
+    else:
+        vae = raw(load_vae(begin, dtype=torch.float32))
+    settings |= {"samples": asdict(phase.samples), "cuts": asdict(phase.cuts)}
+    if vae.config.linear:
+        settings["maps"] = maps_hash(vae)
+    vae.requires_grad_(True).to(phase.train.device)
     freeze_linear(vae)
-    one, dit = _stage_one(models, train.device), load_dit(models / "stage2", dtype=torch.float32, device=train.device)
-
-    def learn(clips: ClipBatch, seed: int) -> list[tuple[Tensor, Tensor]]:
-        return decoder_samples(one, dit, vae, clips, phase.config, seed)
-
-    pool = sample_pool(drawer, CLIPS, phase.samples, train, learn, name)
-    return DecoderTask(vae, pool, phase.config, **settings)
+    pool, cuts = _videos(name, drawer, phase), phase.cuts
+    return VaeTask(vae, lambda step, seed: cuts.take(pool(step, seed), seed), phase.loss, fuse=compiled, **settings)
 
 
 def _dit_task(
-    name: str, drawer: Drawer, models: Path, phase: DitPhase, begin: Path | None, compiled: bool, settings: dict
+    name: str,
+    drawer: Drawer,
+    models: Path,
+    phase: DitPhase,
+    begin: Path | None,
+    compiled: bool,
+    settings: dict[str, Any],
 ) -> Task:
-    """The task of one of the DiTs."""
-    config, device = phase.config, phase.train.device
-    stage = _stage(phase)
+    """The task of one of the DiTs, on latents of the finished VAEs in `models`."""
+    config, device, stage = phase.config, phase.train.device, _stage(phase)
+    alone = isinstance(config, Stage2Config) and config.transition.probability == 0  # Stage I has no hand in it
+    read = ["vae1"] if _low(phase) else ["vae1", "text", "vae2"] if alone else ["vae1", "stage1", "text", "vae2"]
+    settings |= {
+        "models": fingerprint(*(models / item for item in read)),
+        "samples": [asdict(item) for item in phase.samples],
+    }
+    vae1 = _finished_vae(models / "vae1", NANO.stage1, device)
     torch.manual_seed(step_seed(phase.train.seed, name))
     if begin is None:
         dit = DiT(stage.dit)
@@ -199,24 +186,26 @@ def _dit_task(
     if compiled:
         fuse(dit)
     if isinstance(config, Stage1Config):
-        vae1 = load_vae(models / "vae1", dtype=torch.float32, device=device)
         if begin is None:
             words = WordEncoder(NANO.text.vocabulary, stage.dit.text_dim, stage.dit.text_len)
         else:
             words = load_words(begin.parent / "text").requires_grad_(True)
         make = _pools(name, drawer, phase, lambda clips, _: stage1_batch(vae1, clips))
         return Stage1Task(dit, words, make, config, **settings)
-    one, vae2 = _stage_one(models, device), load_vae(models / "vae2", dtype=torch.float32, device=device)
+    first = None if alone else load_dit(models / "stage1", dtype=torch.float32, device=device)
+    one = StageOne(first, load_words(models / "text", device=device), vae1)
+    vae2 = _finished_vae(models / "vae2", NANO.stage2, device)
     make = _pools(name, drawer, phase, lambda clips, seed: stage2_batch(one, vae2, clips, config.transition, seed))
     return Stage2Task(dit, one.words, make, config, **settings)
 
 
-def _stage_one(models: Path, device: str) -> StageOne:
-    return StageOne(
-        load_dit(models / "stage1", dtype=torch.float32, device=device),
-        load_words(models / "text", device=device),
-        load_vae(models / "vae1", dtype=torch.float32, device=device),
-    )
+def _finished_vae(path: Path, stage: StageConfig, device: str) -> VAE:
+    """A VAE whose latents are those the profile's DiT reads. TrainingError for another number of channels."""
+    vae = load_vae(path, dtype=torch.float32, device=device)
+    got, want = vae.config.latent_channels, stage.vae.latent_channels
+    if got != want:
+        raise TrainingError(f"{path}: got {got} latent channels, want {want} as the profile nano has; train it again")
+    return vae
 
 
 def fit(name: str, drawer: Drawer, phase: VaePhase, models: Path, like: Path | None = None) -> None:
@@ -236,7 +225,7 @@ def fit(name: str, drawer: Drawer, phase: VaePhase, models: Path, like: Path | N
 def finish(name: str, task: Task, drawer: Drawer, folder: Path, phase: Phase, models: Path) -> None:
     """Write the averaged weights of the training `folder`/NAME to `models`/NAME in bf16, Stage I's words beside it.
 
-    They take the place of the task's own; what the task does not train, and so no checkpoint has, is written as it is.
+    They take the place of the task's own.
     """
     load_ema(folder / name, task.modules)
     if isinstance(phase, DitPhase):
@@ -245,8 +234,7 @@ def finish(name: str, task: Task, drawer: Drawer, folder: Path, phase: Phase, mo
         return
     vae = task.modules["vae"]
     assert isinstance(vae, VAE)
-    # A decoder's latents, and with them their statistics, are those of the finished VAE that it began with.
-    ship(finished(vae, _statistics(name, drawer, phase)) if isinstance(phase, VaePhase) else vae, models / name)
+    ship(finished(vae, _statistics(name, drawer, phase)), models / name)
 
 
 def _low(phase: Phase) -> bool:

@@ -6,7 +6,7 @@ of a call changes no value.
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from math import log10, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -150,17 +150,6 @@ def raw(vae: VAE) -> VAE:
     copy = VAE(replace(vae.config, mean=(0.0,) * z, std=(1.0,) * z))
     copy.load_state_dict(vae.state_dict())
     return copy
-
-
-@torch.no_grad()
-def psnr(vae: VAE, videos: Iterable[Tensor]) -> float:
-    """PSNR in dB of decoding what was encoded, squared error pooled over all videos [B, 3, 1 + 4k, H, W] in [-1, 1]."""
-    error, count = 0.0, 0
-    for video in videos:
-        clip = video.to(vae.mean.device)
-        error += float((vae.decode(vae.encode(clip)).float() - clip).double().square().sum())
-        count += clip.numel()
-    return 10 * log10(4 * count / max(error, 1e-12))
 
 
 def _two_calls(run: Callable[[Tensor, Tape], Tensor], x: Tensor) -> Tensor:
