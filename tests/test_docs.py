@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARD = ROOT / "weights" / "nano" / "README.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = "kernels|engine|runtime|training|benchmarks|export|native|tests|docs|examples|weights"
 BLOCK = re.compile(r"^```(bash|python) test\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(path.name, kind, code) for path in DOCUMENTS for kind, code in BLOCK.findall(path.read_text())]
 
@@ -35,11 +37,11 @@ def test_the_readme_has_blocks_to_run():
     assert {kind for name, kind, _ in BLOCKS if name == "README.md"} == {"bash", "python"}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_paths_and_links_exist(path: Path):
     text = path.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:kernels|engine|runtime|tests|docs|examples|weights)/[\w/.-]*\.\w+)`", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    named = re.findall(rf"`((?:{ROOMS})/[\w/.-]*\.\w+)`", text)
     missing = [link for link in links if not (path.parent / link).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
