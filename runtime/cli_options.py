@@ -92,7 +92,7 @@ def profile_options(command: Callable) -> Callable:
     options = [
         click.option("--profile", "profile_name", default="nano", show_default=True, help=f"{', '.join(PROFILES)}."),
         click.option("--frames", type=int, help="Length, 4k+1 frames."),
-        click.option("--size", type=Size(), help="Final size in pixels, such as 320x512 for an upright photo."),
+        click.option("--size", type=Size(), help="Final size in pixels, such as 160x256 for an upright photo."),
         click.option("--noisy", type=int, help="M: latent blocks made at once."),
         click.option("--neighbours", type=int, help="N: clean blocks before them."),
         click.option("--stage1-steps", type=int, help="Steps of Stage I."),

@@ -27,6 +27,8 @@ from .model_paths import SHIPPED
 from .sidecar import versions
 from .video import has_x264
 
+ENTRY_DEPTH = 2  # of the weights of an entry in a folder of models, as text/text_encoder
+
 
 @click.command()
 @click.argument("path", type=PATH)
@@ -39,10 +41,12 @@ def inspect(path: Path, as_json: bool) -> None:
     if path.name == TABLE:
         show_kernels(path, as_json)
         return
-    items = [item for item in sorted(path.iterdir()) if _is_checkpoint(item)] if path.is_dir() else []
+    items = _checkpoints(path, ENTRY_DEPTH) if path.is_dir() else []
     # A folder of one model may hold shards; a folder of several models holds each as a file or a folder.
-    several = len(items) > 1 and not list(path.glob("*.index.json"))
-    found = {item.name: describe_checkpoint(item) for item in (items if several else [path])}
+    if len(items) > 1 and not list(path.glob("*.index.json")):
+        found = {item.relative_to(path).as_posix(): describe_checkpoint(item) for item in items}
+    else:
+        found = {path.name: describe_checkpoint(path)}
     if as_json:
         click.echo(json.dumps({"ok": True, "exit_code": 0, "result": found}))
         return
@@ -54,8 +58,15 @@ def inspect(path: Path, as_json: bool) -> None:
         console.print(table)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+def _checkpoints(folder: Path, depth: int) -> list[Path]:
+    """Files of weights, and folders that hold some, down to `depth` folders below; links are followed."""
+    found = []
+    for item in sorted(folder.iterdir()):
+        if item.suffix == ".safetensors" or (item.is_dir() and any(item.glob("*.safetensors"))):
+            found.append(item)
+        elif item.is_dir() and depth > 1:
+            found += _checkpoints(item, depth - 1)
+    return found
 
 
 def _words(value: Any) -> str:
@@ -64,7 +75,11 @@ def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_words, value))
+        words = [_words(item) for item in value]
+        alike = len(words) > 3 and len(set(words)) == 1
+        return f"{words[0]}, {len(words)} times" if alike else ", ".join(words)
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

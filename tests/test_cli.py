@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,19 @@ def test_convert_and_inspect(tmp_path: Path):
     assert facts["dtypes"] == {"F32": 1, "BF16": 1}
     assert_one_line(swifti2v("inspect", tmp_path / "m.pth"), 1, "swifti2v convert")
     assert_one_line(swifti2v("inspect", tmp_path / "none"), 1, "none")
+
+
+def test_inspect_finds_what_is_deeper_in_a_folder_of_models(tmp_path: Path):
+    """Two experts in stage1, the encoder beside its tokenizer, a link; as `generate` finds them."""
+    models = Path(__file__).parents[1] / "weights" / "nano"
+    for place, name in (("stage1/high_noise_model", "stage1"), ("text/text_encoder", "text")):
+        shutil.copytree(models / name, tmp_path / place)
+    (tmp_path / "text" / "tokenizer").mkdir()
+    (tmp_path / "vae2").symlink_to(models / "vae2")
+    facts = json.loads(swifti2v("inspect", tmp_path, "--json").stdout)["result"]
+    kinds = {name: fact["kind"] for name, fact in facts.items()}
+    assert kinds == {"stage1/high_noise_model": "DiT", "text/text_encoder": "unknown", "vae2": "VAE"}
+    assert "48 times" in swifti2v("inspect", tmp_path / "vae2").stdout
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path):
