@@ -93,12 +93,15 @@ def quality(
     library("skimage")
     if compare and not full:
         raise click.UsageError("--compare: got no --full, want it, as the comparison is one of the ablations; add it")
+    if packed is not None and folders:
+        raise click.UsageError("--packed: got --photos-dir too, want one of them; leave one out")
+    lowest, highest = transition_levels
+    if not 0 < lowest <= highest <= 1:
+        raise click.UsageError(f"--transition-levels: got {lowest} {highest}, want 0 < LOW <= HIGH <= 1; correct them")
     loaded = _load(profile_name, model_dir, device, dtype, untrained)
     others = dict(_other(text, profile_name, model_dir, loaded) for text in compare)
     if len(others) != len(compare):
         raise click.UsageError("--compare: got one NAME twice, want each once; rename one")
-    if packed is not None and folders:
-        raise click.UsageError("--packed: got --photos-dir too, want one of them; leave one out")
     if packed is not None:
         photos = load_packed(packed, split)
     else:
@@ -107,7 +110,7 @@ def quality(
     if out is not None:
         _make_folder(out)
     export = None if export_vbench is None else VBenchExport(export_vbench, loaded.profile.fps)
-    transition = _transition(loaded, *transition_levels)
+    transition = TransitionConfig(lowest=lowest, highest=highest).at(loaded.profile.stage1)
     options = Options(clips, crops, seed, full, transition)
     started = time.perf_counter()
     with _progress(console, work_steps(options, len(films)), quiet) as on_step:
@@ -174,14 +177,6 @@ def _other(text: str, profile_name: str, model_dir: Path | None, loaded: Loaded)
     if read_dit_config(path) != loaded.profile.stage2.dit:
         raise WeightsError(f"--compare {name}: got a DiT of another size, want one like that measured; pass such a one")
     return name, load_dit(path, dtype=loaded.dtype, device=loaded.device)
-
-
-def _transition(loaded: Loaded, lowest: float, highest: float) -> TransitionConfig:
-    """Stage transition from these levels, with the steps Stage I has at inference."""
-    if not 0 < lowest <= highest <= 1:
-        raise click.UsageError(f"--transition-levels: got {lowest} {highest}, want 0 < LOW <= HIGH <= 1; correct them")
-    stage = loaded.profile.stage1
-    return TransitionConfig(lowest=lowest, highest=highest, steps=stage.steps, shift=stage.shift)
 
 
 def _make_folder(out: Path) -> None:

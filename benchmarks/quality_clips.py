@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine.profile import Profile
 from ..runtime.image import fit_image
-from ..training.clips import ClipConfig, make_clip, shrink_frames
+from ..training.clips import ClipConfig, low_factor, make_clip, shrink_frames
 from ..training.motion import Draws, Motion
 from ..training.trainer import step_seed
 
@@ -29,11 +29,6 @@ class TruthClip:
     low: np.ndarray
     prompt: str
     seed: int
-
-
-def low_factor(profile: Profile) -> int:
-    """How many times smaller Stage I is."""
-    return profile.stage2.width // profile.stage1.width
 
 
 def truth_clip(photos: Sequence[np.ndarray], profile: Profile, seed: int, index: int) -> TruthClip:

@@ -8,6 +8,7 @@ from ..engine.profile import Profile
 from ..engine.vae import VAE
 from ..runtime.models import Loaded
 from ..runtime.session import Request, Session
+from ..training.clips import low_factor
 from .generation import Made, generate, round_trip, stage1_low, upsample_frames
 from .measure import Row
 from .metrics import (
@@ -22,7 +23,7 @@ from .metrics import (
     ssim,
 )
 from .optical_flow import classify, clip_flows, dynamic_degree
-from .quality_clips import TruthClip, low_factor, shrink
+from .quality_clips import TruthClip, shrink
 from .quality_metrics import finite
 
 

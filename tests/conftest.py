@@ -27,6 +27,12 @@ settings.register_profile(  # a busy machine is no failure
 settings.load_profile("untimed")
 
 
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("av", "diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt_rtx")))
+"""
+
+
 def randomise(module: nn.Module, seed: int) -> nn.Module:
     """Give every parameter a random value of a size that keeps activations near one."""
     generator = torch.Generator().manual_seed(seed)
@@ -123,3 +129,12 @@ def handle(shared_handle: int) -> Iterator[int]:
     """A session without a request on its way."""
     yield shared_handle
     capi.cancel(shared_handle)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> str:
+    """A folder for PYTHONPATH with which Python lacks what a bare machine lacks."""
+    folder = tmp_path / "without"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(WITHOUT)
+    return str(folder)

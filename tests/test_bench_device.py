@@ -10,11 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WITHOUT = """
-import sys
-sys.modules.update(dict.fromkeys(("av", "diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt_rtx")))
-"""
-
 
 def run_device(out: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {
@@ -28,15 +23,6 @@ def run_device(out: Path, *parts: str, **environment: str) -> subprocess.Complet
     }
     command = ["sh", str(ROOT / "benchmarks" / "device.sh"), str(out), *parts]
     return subprocess.run(command, env=os.environ | settings | environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> str:
-    """A folder for PYTHONPATH with which Python lacks what a bare machine lacks."""
-    folder = tmp_path / "without"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(WITHOUT)
-    return str(folder)
 
 
 def test_the_gpu_script_runs_anywhere(tmp_path: Path, bare: str):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_bench_device import WITHOUT
 
 from swifti2v.engine.weights import load_dit, load_vae
 from swifti2v.training.cli import main
@@ -15,16 +14,14 @@ SCRIPT = Path(__file__).parents[1] / "training" / "device.sh"
 
 
 @pytest.mark.slow
-def test_phases_on_a_bare_machine(tmp_path: Path):
+def test_phases_on_a_bare_machine(tmp_path: Path, bare: str):
     """A VAE that is fitted, then a DiT on it, which is stopped after a step; nothing larger than weights is left."""
     main(["pack", str(tmp_path / "photos.safetensors"), "--allow-missing"])
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "sitecustomize.py").write_text(WITHOUT)
-    bare = {"PYTHON": sys.executable, "DEVICE": "cpu", "WORKERS": "1", "PYTHONPATH": str(tmp_path / "without")}
+    machine = {"PYTHON": sys.executable, "DEVICE": "cpu", "WORKERS": "1", "PYTHONPATH": bare}
     out = tmp_path / "out"
     for phase, options in (("vae1", ["--linear"]), ("stage1", ["--minutes", "0", "--set", "batch=1"])):
         command = ["sh", SCRIPT, tmp_path / "photos.safetensors", out, out, phase, *options, "--threads", "1"]
-        ran = subprocess.run(command, env=os.environ | bare, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, env=os.environ | machine, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
     assert load_vae(out / "vae1").config.linear
     assert load_dit(out / "stage1").config.out_channels == load_vae(out / "vae1").config.latent_channels

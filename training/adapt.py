@@ -16,7 +16,7 @@ from ..engine.presets import A14B_BOUNDARY
 from ..engine.profile import Profile
 from ..engine.weights import fingerprint, load_words
 from .batches import Crops, Samples, latent_pool, photos_hash
-from .clips import ClipConfig
+from .clips import ClipConfig, low_factor
 from .drawing import Drawer
 from .flow import Expert, ExpertLevels
 from .log import TrainingError
@@ -87,9 +87,7 @@ def adapt_task(
     photos = large_enough(photos, profile)
     # Textures are of a size of their own; what is larger gets none, rather than one without fine detail.
     procedural = ClipConfig.procedural if big.width <= TEXTURE_WIDTH else 0.0
-    clips = ClipConfig(
-        big.width, big.height, profile.frames, low_factor=big.width // small.width, procedural=procedural
-    )
+    clips = ClipConfig(big.width, big.height, profile.frames, low_factor(profile), procedural)
     crops = config.crops or Crops(train.batch, big.width, big.height)
     samples, drawer = Samples(crops, config.window, config.reuse), Drawer(photos, device=train.device)
     settings: dict[str, Any] = {"profile": profile.name, "crops": asdict(crops), "reuse": config.reuse}
@@ -172,12 +170,10 @@ def _images(
 def _on_schedule(config: AdaptConfig, profile: Profile) -> AdaptConfig:
     """The configuration with the noise levels at which the profile runs."""
     one, two = profile.stage1, profile.stage2
-    levels = [replace(config.stage1.levels, shift=stage.shift, steps=stage.steps) for stage in (one, two)]
-    transition = replace(config.stage2.transition, shift=one.shift, steps=one.steps)
     return replace(
         config,
-        stage1=replace(config.stage1, levels=levels[0]),
-        stage2=replace(config.stage2, levels=levels[1], transition=transition),
+        stage1=replace(config.stage1, levels=config.stage1.levels.at(one)),
+        stage2=replace(config.stage2, levels=config.stage1.levels.at(two), transition=config.stage2.transition.at(one)),
     )
 
 

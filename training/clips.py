@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.profile import Profile
 from .camera import camera_flow, camera_path, clip_time, screen_grid
 from .motion import ClipError, Draws, Motion, MotionOdds, draw_motion
 from .prompts import describe
@@ -22,6 +23,11 @@ from .textures import draw_texture
 # Streams of random numbers: a given motion or another phrasing leaves the rest of a clip as it is.
 MOTION_STREAM, SCENE_STREAM, SPRITE_STREAM, SHAKE_STREAM, WORDS_STREAM = range(5)
 FRAMES_AT_ONCE = {"cpu": 1, "cuda": 16}
+
+
+def low_factor(profile: Profile) -> int:
+    """How many times smaller Stage I is."""
+    return profile.stage2.width // profile.stage1.width
 
 
 @dataclass(frozen=True)

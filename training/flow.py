@@ -4,7 +4,7 @@ Axes: B batch, C channels, T latent blocks, H and W latent rows and columns.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..engine.dit import DiT
 from ..engine.errors import SpecError
 from ..engine.presets import A14B_BOUNDARY
+from ..engine.profile import StageConfig
 from ..engine.rope import rope_tables
 from ..engine.sampler import TIMESTEPS, flow_sigmas, shift_sigma
 from ..engine.vae import VAE
@@ -53,6 +54,10 @@ class NoiseLevels:
     steps: int = 4
     grid_share: float = 0.5
     between: float | None = None  # the shift of those that are not inference's, if it is another; 1 = uniform
+
+    def at(self, stage: StageConfig) -> "NoiseLevels":
+        """These with the schedule of a stage."""
+        return replace(self, shift=stage.shift, steps=stage.steps)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` sigmas in (0, 1], fp32 [count] on the CPU."""

@@ -20,7 +20,7 @@ from ..engine.vae import VAE
 from ..engine.weights import fingerprint, load_dit, load_vae, load_words
 from .batches import Crops, Cuts, Pool, Samples, latent_pool, mixed, photos_hash, sample_pool
 from .checkpoint import load_ema
-from .clips import ClipConfig
+from .clips import ClipConfig, low_factor
 from .components import fit_linear, freeze_linear, maps_hash
 from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
@@ -39,9 +39,7 @@ ODDS = MotionOdds(
 )
 NANO = get_profile("nano")
 WHOLE = (NANO.width, NANO.height)
-CLIPS = ClipConfig(
-    NANO.width, NANO.height, NANO.frames, NANO.width // NANO.stage1.width, turn=0.5, swap=0.5, blend=0.25, odds=ODDS
-)
+CLIPS = ClipConfig(NANO.width, NANO.height, NANO.frames, low_factor(NANO), turn=0.5, swap=0.5, blend=0.25, odds=ODDS)
 STATISTICS_PIECES, STATISTICS_STRIDE = 256, 8  # of a VAE's pixels and latents; steps between batches, for other clips
 
 
@@ -67,12 +65,8 @@ class DitPhase:
 
 Phase = VaePhase | DitPhase
 # Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
-STAGE1 = Stage1Config(NoiseLevels(NANO.stage1.shift, NANO.stage1.steps, between=1.0))
-STAGE2 = Stage2Config(
-    NoiseLevels(NANO.stage2.shift, NANO.stage2.steps),
-    TransitionConfig(shift=NANO.stage1.shift, steps=NANO.stage1.steps),
-    own_context=0.15,
-)
+STAGE1 = Stage1Config(NoiseLevels(between=1.0).at(NANO.stage1))
+STAGE2 = Stage2Config(NoiseLevels().at(NANO.stage2), TransitionConfig().at(NANO.stage1), own_context=0.15)
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
         TrainConfig(1500, 64, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
@@ -172,7 +166,9 @@ def _dit_task(
     """The task of one of the DiTs, on latents of the finished VAEs in `models`."""
     config, device, stage = phase.config, phase.train.device, _stage(phase)
     alone = isinstance(config, Stage2Config) and config.transition.probability == 0  # Stage I has no hand in it
-    read = ["vae1"] if _low(phase) else ["vae1", "text", "vae2"] if alone else ["vae1", "stage1", "text", "vae2"]
+    read = ["vae1"] if _low(phase) else ["vae1", "stage1", "text", "vae2"]
+    if alone:
+        read.remove("stage1")
     settings |= {
         "models": fingerprint(*(models / item for item in read)),
         "samples": [asdict(item) for item in phase.samples],

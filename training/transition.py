@@ -4,12 +4,13 @@ Low-resolution truth is noised to a random level, denoised by the trained Stage 
 given the image as its first frame, and encoded: what Stage II meets at inference, with the truth beside it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..engine.dit import DiT
+from ..engine.profile import StageConfig
 from ..engine.reference import upsample
 from ..engine.vae import VAE
 from .flow import ClipBatch, decode_clip, dit_velocity, encode_clip, few_steps, noised
@@ -26,6 +27,10 @@ class TransitionConfig:
     highest: float = 0.5
     steps: int = 4
     shift: float = 5.0
+
+    def at(self, stage1: StageConfig) -> "TransitionConfig":
+        """This with the schedule of a Stage I."""
+        return replace(self, shift=stage1.shift, steps=stage1.steps)
 
 
 @dataclass(frozen=True)
