@@ -173,14 +173,23 @@ def test_an_ablation_trains_on_perfect_references(trained: Path, tmp_path: Path,
     run = ["nano", "stage2", "-o", str(tmp_path), *QUICK]
     main([*run, "--transition", "0"])
     assert (tmp_path / "models" / "stage2" / "config.json").exists()
-    for wrong in (run, [*run, "--transition", "1.5"], ["nano", "vae2", "-o", str(tmp_path), "--transition", "0"]):
-        with pytest.raises(SystemExit):  # the first: with transition it would be another run
+    for wrong in (
+        run,  # with transition it would be another run
+        [*run, "--transition", "0", "--matching", "0"],  # the same
+        [*run, "--transition", "1.5"],
+        [*run, "--matching", "-1"],
+        ["nano", "vae2", "-o", str(tmp_path), "--transition", "0"],
+        ["nano", "vae2", "-o", str(tmp_path), "--matching", "0"],
+    ):
+        with pytest.raises(SystemExit):
             main(wrong)
     shutil.copytree(trained / "models" / "stage1", tmp_path / "models" / "stage1")
     with pytest.raises(SystemExit):
         main(["lora", "stage1", "--model-dir", str(tmp_path), "-o", str(tmp_path / "l"), "--transition", "0.5"])
     said = capsys.readouterr().err
     assert "--transition: got 1.5" in said
+    assert "--matching: got -1" in said
+    assert "vae2: got --matching" in said
     assert "vae2: got --transition" in said
     assert "lora: got --transition for stage1" in said
 

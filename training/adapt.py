@@ -25,7 +25,7 @@ from .model_folder import Merged, ModelFolder
 from .stage1 import FixedText, ImageEncoder, Stage1Config, Stage1Task, TextEncoder, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
 from .textures import TEXTURE_WIDTH
-from .trainer import TrainConfig, step_seed
+from .trainer import Parts, TrainConfig, step_seed
 from .transition import StageOne, TransitionConfig
 
 Stage = Literal["stage1", "stage2"]
@@ -62,7 +62,7 @@ class LoraTask:
         if config.checkpointing:
             checkpoint_blocks(task.dit)
 
-    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, seed: int) -> tuple[Tensor, Parts]:
         """The stage's own loss."""
         return self.task.loss(step, seed)
 

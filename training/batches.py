@@ -47,7 +47,8 @@ def clip_batch(clips: Sequence[Drawn], device: str) -> ClipBatch:
     """Drawn clips as one batch: high [B, 3, T, H, W] and low [B, 3, T, H/f, W/f] in [-1, 1], with prompts."""
     high = torch.stack([_pixels(clip.frames.to(device)) for clip in clips])
     low = torch.stack([_pixels(clip.low.to(device)) for clip in clips])
-    return ClipBatch(high, low, [clip.prompt for clip in clips])
+    origin = torch.stack([clip.origin.to(device) for clip in clips])
+    return ClipBatch(high, low, [clip.prompt for clip in clips], origin)
 
 
 @dataclass(frozen=True)
@@ -200,20 +201,25 @@ def stored(batch: LatentBatch, device: str) -> list[LatentBatch]:
     """The samples of a batch as a pool keeps them: in half precision; image tokens in fp32, as CLIP's have outliers."""
     latents, channels = batch.latents.half().to(device), batch.channels.half().to(device)
     tokens = None if batch.image_tokens is None else batch.image_tokens.float().to(device)
-    return [
-        LatentBatch(latents[i : i + 1], channels[i : i + 1], [prompt], None if tokens is None else tokens[i : i + 1])
-        for i, prompt in enumerate(batch.prompts)
-    ]
+    places = None if batch.places is None else batch.places.to(device)
+
+    def one(i: int) -> LatentBatch:
+        known = (None if value is None else value[i : i + 1] for value in (tokens, places))
+        return LatentBatch(latents[i : i + 1], channels[i : i + 1], [batch.prompts[i]], *known)
+
+    return [one(i) for i in range(len(batch.prompts))]
 
 
 def joined(samples: Sequence[LatentBatch], device: str) -> LatentBatch:
     """Stored samples of one size as one batch, fp32."""
     tokens = [sample.image_tokens.to(device) for sample in samples if sample.image_tokens is not None]
+    places = [sample.places.to(device) for sample in samples if sample.places is not None]
     return LatentBatch(
         torch.cat([sample.latents.to(device).float() for sample in samples]),
         torch.cat([sample.channels.to(device).float() for sample in samples]),
         [prompt for sample in samples for prompt in sample.prompts],
         torch.cat(tokens) if tokens else None,
+        torch.cat(places) if places else None,
     )
 
 

@@ -124,3 +124,13 @@ def camera_flow(path: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float) -
     forward = np.linalg.inv(path[1:]) @ path[:-1]  # [T-1, 3, 3], screen of t -> screen of t + 1
     x, y = project(forward[:, None, None], u, v)  # [T-1, H, W]
     return (np.stack([x - u, y - v], -1) * pixels).astype(np.float32)
+
+
+def camera_origin(path: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
+    """How far off in frame 0 each pixel's content was: float32 [T, H, W, 2], as `camera_flow`.
+
+    frame[t](p) shows what frame[0](p + origin[t](p)) shows, where that is within the picture.
+    """
+    back = np.linalg.inv(path[:1]) @ path  # [T, 3, 3], screen of t -> screen of 0
+    x, y = project(back[:, None, None], u, v)  # [T, H, W]
+    return (np.stack([x - u, y - v], -1) * pixels).astype(np.float32)

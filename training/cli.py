@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from .log import Record, TrainingError
 from .lora import TARGETS, save_lora
 from .nano import PHASES, DitPhase, VaePhase, finish, fit, train_task, with_batch
 from .photos import LOADED_SIDE, SPLITS, load_packed, load_split, pack
-from .stage1 import ImageEncoder
+from .stage1 import ImageEncoder, Stage1Config
 from .stage2 import Stage2Config
 from .trainer import Task, TrainConfig, train
 
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
     _transition_option(phase)
+    phase.add_argument(
+        "--matching", type=float, metavar="WEIGHT", help="DiTs: of showing attention where in frame 0 to look; 0 = off"
+    )
     _run_options(phase)
     phase.set_defaults(run=_nano)
 
@@ -141,6 +145,10 @@ def _nano(options: argparse.Namespace) -> None:
         if not (isinstance(phase, DitPhase) and isinstance(phase.config, Stage2Config)):
             raise TrainingError(f"{name}: got --transition, want the phase stage2, which alone has one; leave it out")
         phase = replace(phase, config=with_transition(phase.config, options.transition))
+    if options.matching is not None:
+        if not isinstance(phase, DitPhase):
+            raise TrainingError(f"{name}: got --matching, want stage1 or stage2, which attend; leave it out")
+        phase = replace(phase, config=with_matching(phase.config, options.matching))
     if options.like is not None and not options.linear:
         raise TrainingError(f"{name}: got --like without --linear, want it for linear maps alone; add --linear")
     if options.finish and options.minutes is None:
@@ -243,6 +251,13 @@ def with_transition(config: Stage2Config, share: float) -> Stage2Config:
     if not 0 <= share <= 1:
         raise TrainingError(f"--transition: got {share}, want a share of the samples from 0 to 1; correct it")
     return replace(config, transition=replace(config.transition, probability=share))
+
+
+def with_matching(config: Stage1Config | Stage2Config, weight: float) -> Stage1Config | Stage2Config:
+    """The configuration with that weight of the attention's loss."""
+    if not 0 <= weight < math.inf:
+        raise TrainingError(f"--matching: got {weight}, want 0 or a weight above it; correct it")
+    return replace(config, matching=replace(config.matching, weight=weight))
 
 
 def with_changes(config: TrainConfig, changes: Sequence[str], **more: Any) -> TrainConfig:

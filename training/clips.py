@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.profile import Profile
-from .camera import camera_flow, camera_path, clip_time, screen_grid
+from .camera import camera_flow, camera_origin, camera_path, clip_time, screen_grid
 from .motion import ClipError, Draws, Motion, MotionOdds, draw_motion
 from .prompts import describe
 from .render import Window, draw_ground, lay_ground, light_up, to_texels
@@ -63,6 +63,7 @@ class Clip:
     prompt: str
     motion: Motion
     flow: np.ndarray  # float32 [T-1, H/f, W/f, 2], see camera_flow; in low-resolution pixels, the sprite left out
+    origin: np.ndarray  # float32 [T, H/f, W/f, 2], see camera_origin; in the same pixels, NaN where the sprite is
     covered: Tensor  # float32 [T, H/f, W/f], how much of a pixel the sprite hides
 
 
@@ -119,7 +120,10 @@ def make_clip(
         (config.width // f, config.height // f),
     )
     flow = camera_flow(path, u, v, config.height / f)
-    return Clip(frames, shrink_frames(frames, f), describe(motion, Draws(WORDS_STREAM, seed)), motion, flow, covered)
+    origin = camera_origin(path, u, v, config.height / f)
+    origin[covered.cpu().numpy() > 0] = np.nan
+    prompt = describe(motion, Draws(WORDS_STREAM, seed))
+    return Clip(frames, shrink_frames(frames, f), prompt, motion, flow, origin, covered)
 
 
 def shrink_frames(frames: Tensor, factor: int) -> Tensor:

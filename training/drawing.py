@@ -32,11 +32,12 @@ class Crop:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What training reads of a clip: uint8 frames [T, H, W, 3] and low [T, H/f, W/f, 3], and the prompt."""
+    """What training reads of a clip: uint8 frames [T, H, W, 3] and low [T, H/f, W/f, 3], the prompt; its `origin`."""
 
     frames: Tensor
     low: Tensor
     prompt: str
+    origin: Tensor
 
 
 class Drawer:
@@ -79,12 +80,12 @@ class Drawer:
             self._pool.shutdown(cancel_futures=True)
 
 
-_Sent = tuple[np.ndarray, np.ndarray, str]  # arrays: tensors would travel as files of shared memory
+_Sent = tuple[np.ndarray, np.ndarray, str, np.ndarray]  # arrays: tensors would travel as files of shared memory
 
 
 def _draw(photos: Photos, config: ClipConfig, crop: Crop, device: str = "cpu") -> Drawn:
     clip = make_clip(photos, crop.seed, config, crop=crop.box, device=device)
-    return Drawn(clip.frames, clip.low, clip.prompt)
+    return Drawn(clip.frames, clip.low, clip.prompt, torch.from_numpy(clip.origin))
 
 
 def _start(photos: Photos, owner: int) -> None:
@@ -107,9 +108,9 @@ def _end_with(owner: int) -> None:
 
 def _send(config: ClipConfig, crop: Crop) -> _Sent:
     clip = _draw(_photos, config, crop)
-    return clip.frames.numpy(), clip.low.numpy(), clip.prompt
+    return clip.frames.numpy(), clip.low.numpy(), clip.prompt, clip.origin.numpy()
 
 
 def _receive(sent: _Sent) -> Drawn:
-    frames, low, prompt = sent
-    return Drawn(torch.from_numpy(frames), torch.from_numpy(low), prompt)
+    frames, low, prompt, origin = sent
+    return Drawn(torch.from_numpy(frames), torch.from_numpy(low), prompt, torch.from_numpy(origin))

@@ -25,11 +25,15 @@ Expert = Literal["high", "low"]
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips with known truth: pixels in [-1, 1], high [B, 3, T, H, W] and low [B, 3, T, H/4, W/4], and what moves."""
+    """Clips with known truth: pixels in [-1, 1], high [B, 3, T, H, W] and low [B, 3, T, H/4, W/4], and what moves.
+
+    `origin` [B, T, H/4, W/4, 2] is how far off in the first frame each low pixel was, where that is known.
+    """
 
     high: Tensor
     low: Tensor
     prompts: Sequence[str]
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,15 @@ class LatentBatch:
     """What a DiT learns from: the truth, normalised [B, z, T, H, W], and the channels it reads beside noisy latents.
 
     Those are [B, 4+z, T, H, W] for Stage I (mask and first frame), [B, z, T, H, W] for Stage II (reference).
-    `image_tokens` [B, n, image_dim] are those of CLIP, for a Stage I that reads them.
+    `image_tokens` [B, n, image_dim] are those of CLIP, for a Stage I that reads them; `places` [B, T, H/2, W/2, 2] is
+    where in the first frame each of the DiT's tokens was, see training/matching.py.
     """
 
     latents: Tensor
     channels: Tensor
     prompts: Sequence[str]
     image_tokens: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .drawing import Drawer
 from .flow import ClipBatch, LatentBatch, NoiseLevels, fuse
 from .grow import grown
 from .log import TrainingError
+from .matching import MatchConfig
 from .motion import MotionOdds
 from .stage1 import Stage1Config, Stage1Task, stage1_batch
 from .stage2 import Stage2Config, Stage2Task, stage2_batch
@@ -65,8 +66,11 @@ class DitPhase:
 
 Phase = VaePhase | DitPhase
 # Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
-STAGE1 = Stage1Config(NoiseLevels(between=1.0).at(NANO.stage1))
-STAGE2 = Stage2Config(NoiseLevels().at(NANO.stage2), TransitionConfig().at(NANO.stage1), own_context=0.15)
+MATCHING = MatchConfig(weight=0.05)
+STAGE1 = Stage1Config(NoiseLevels(between=1.0).at(NANO.stage1), matching=MATCHING)
+STAGE2 = Stage2Config(
+    NoiseLevels().at(NANO.stage2), TransitionConfig().at(NANO.stage1), own_context=0.15, matching=MATCHING
+)
 PHASES: dict[str, Phase] = {
     "vae1": VaePhase(
         TrainConfig(1500, 64, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
@@ -88,9 +92,9 @@ PHASES: dict[str, Phase] = {
     "stage2": DitPhase(
         TrainConfig(5000, 48, lr=2e-3, muon=0.01, warmup=50, ema=0.998, save_every=500, bf16=True),
         (
-            Samples(Crops(48, 128, 128), 192, 20.0, 0.5, 16),
-            Samples(Crops(48, 192, 128), 192, 20.0, 0.35, 16),
-            Samples(Crops(24, *WHOLE), 96, 20.0, 0.15, 8),
+            Samples(Crops(48, 128, 128), 192, 20.0, 0.3, 16),
+            Samples(Crops(48, 192, 128), 192, 20.0, 0.3, 16),
+            Samples(Crops(24, *WHOLE), 96, 20.0, 0.4, 8),
         ),
         STAGE2,
     ),

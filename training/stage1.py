@@ -12,6 +12,8 @@ from ..engine.dit import DiT
 from ..engine.text import WordEncoder
 from ..engine.vae import VAE
 from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, noised
+from .matching import AttentionWatch, MatchConfig, stage_places
+from .trainer import Parts
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Stage1Config:
 
     levels: NoiseLevels = field(default_factory=NoiseLevels)
     drop_prompt: float = 0.1
+    matching: MatchConfig = field(default_factory=MatchConfig)
 
 
 def first_frame_condition(vae: VAE, low: Tensor) -> Tensor:
@@ -80,7 +83,8 @@ def first_frame_tokens(images: ImageEncoder | None, high: Tensor) -> Tensor | No
 def stage1_batch(vae: VAE, clips: ClipBatch, images: ImageEncoder | None = None) -> LatentBatch:
     """What Stage I learns from these clips, by its finished VAE and, where it reads image tokens, their encoder."""
     condition, tokens = first_frame_condition(vae, clips.low), first_frame_tokens(images, clips.high)
-    return LatentBatch(encode_clip(vae, clips.low), condition, clips.prompts, tokens)
+    places = stage_places(clips.origin, clips.low, vae)
+    return LatentBatch(encode_clip(vae, clips.low), condition, clips.prompts, tokens, places)
 
 
 class Stage1Task:
@@ -97,13 +101,14 @@ class Stage1Task:
         """`batch(step, seed)` gives the samples of a step; equal arguments give equal ones."""
         self.dit, self.words, self.batch = dit, words, batch
         self.config = config or Stage1Config()
+        self.watch = AttentionWatch(dit, self.config.matching)
         self.settings = {"kind": "stage1", "config": asdict(self.config), **settings}  # what a resumed run must share
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         return {"stage1": self.dit, "text": self.words}
 
-    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, seed: int) -> tuple[Tensor, Parts]:
         """Mean squared error of the velocity, over all blocks."""
         samples = self.batch(step, seed)
         generator = torch.Generator().manual_seed(seed)
@@ -116,4 +121,5 @@ class Stage1Task:
         text = encode_prompts(self.words, prompts, latents.device)
         velocity = dit_velocity(self.dit, x, sigma, text, image_tokens=samples.image_tokens)
         loss = F.mse_loss(velocity, noise - latents)
-        return loss, {"sigma": sigma.mean().item()}
+        loss, parts = self.watch.add(loss, samples.places, range(1, latents.shape[2]), generator)
+        return loss, {"sigma": sigma.mean().item(), **parts}

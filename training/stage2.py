@@ -12,7 +12,9 @@ from ..engine.dit import DiT
 from ..engine.segments import Segment, plan_segments
 from ..engine.vae import VAE
 from .flow import ClipBatch, LatentBatch, NoiseLevels, dit_velocity, encode_clip, few_steps, noised
+from .matching import AttentionWatch, MatchConfig, stage_places
 from .stage1 import TextEncoder, encode_prompts
+from .trainer import Parts
 from .transition import StageOne, TransitionConfig, hybrid_reference, transit
 
 
@@ -25,13 +27,15 @@ class Stage2Config:
     noisy: tuple[int, ...] = (3, 3, 3, 2, 4)  # M is drawn from these
     neighbours: tuple[int, ...] = (1, 1, 1, 0, 2)  # N is drawn from these
     own_context: float = 0.25
+    matching: MatchConfig = field(default_factory=MatchConfig)
 
 
 @torch.no_grad()
 def stage2_batch(stage1: StageOne, vae: VAE, clips: ClipBatch, transition: TransitionConfig, seed: int) -> LatentBatch:
     """What Stage II learns from these clips: references made by stage transition with the finished first stage."""
     low = transit(stage1, clips, transition, torch.Generator().manual_seed(seed))
-    return LatentBatch(encode_clip(vae, clips.high), hybrid_reference(vae, low, clips.high), clips.prompts)
+    reference, places = hybrid_reference(vae, low, clips.high), stage_places(clips.origin, clips.high, vae)
+    return LatentBatch(encode_clip(vae, clips.high), reference, clips.prompts, places=places)
 
 
 class Stage2Task:
@@ -48,13 +52,14 @@ class Stage2Task:
         """`batch(step, seed)` gives the samples of a step; equal arguments give equal ones."""
         self.dit, self.words, self.batch = dit, words.requires_grad_(False).eval(), batch
         self.config = config or Stage2Config()
+        self.watch = AttentionWatch(dit, self.config.matching)
         self.settings = {"kind": "stage2", "config": asdict(self.config), **settings}  # what a resumed run must share
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         return {"stage2": self.dit}
 
-    def loss(self, step: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int, seed: int) -> tuple[Tensor, Parts]:
         """Mean squared error of the velocity of the noisy blocks of one random window."""
         samples, config = self.batch(step, seed), self.config
         generator = torch.Generator().manual_seed(seed)
@@ -71,7 +76,8 @@ class Stage2Task:
         x = noised(target, noise, sigma)
         velocity = self.window_velocity(context, reference, text, segment, x, sigma)
         loss = F.mse_loss(velocity, noise - target)
-        return loss, {"sigma": sigma.mean().item(), "segment": float(segment.index)}
+        loss, parts = self.watch.add(loss, samples.places, segment.noisy, generator)
+        return loss, {"sigma": sigma.mean().item(), "segment": float(segment.index), **parts}
 
     def window_velocity(
         self, clean: Tensor, reference: Tensor, text: Tensor, segment: Segment, x: Tensor, sigma: Tensor
