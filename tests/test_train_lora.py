@@ -197,6 +197,13 @@ def test_transition_loads_the_experts_that_its_levels_reach(profile: Profile, tw
         task_of(profile, "stage2", only_low, stage2=everywhere)
 
 
+def test_each_stage_has_its_own_noise_levels(profile: Profile, two_experts: Path):
+    plain = AdaptConfig(TrainConfig(1)).stage2
+    task = task_of(profile, "stage2", two_experts, stage2=replace(plain, levels=replace(plain.levels, grid_share=1.0)))
+    levels = task.task.config.levels
+    assert (levels.grid_share, levels.shift) == (1.0, profile.stage2.shift)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_in_bf16_the_tower_stays_as_it_is_at_inference(stage: str, profile: Profile, one_expert: Path, tmp_path: Path):
     """Weights and autocast in bf16, as on a GPU; the loss is that of fp32 up to rounding."""

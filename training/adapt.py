@@ -173,7 +173,7 @@ def _on_schedule(config: AdaptConfig, profile: Profile) -> AdaptConfig:
     return replace(
         config,
         stage1=replace(config.stage1, levels=config.stage1.levels.at(one)),
-        stage2=replace(config.stage2, levels=config.stage1.levels.at(two), transition=config.stage2.transition.at(one)),
+        stage2=replace(config.stage2, levels=config.stage2.levels.at(two), transition=config.stage2.transition.at(one)),
     )
 
 
