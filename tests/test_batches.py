@@ -64,6 +64,7 @@ def test_other_processes_draw_the_same_clips_in_order(photos):
         assert torch.equal(batch.high, here.high)
         assert torch.equal(batch.low, here.low)
         assert batch.prompts == here.prompts
+        torch.testing.assert_close(batch.origin, here.origin, rtol=0, atol=0, equal_nan=True)
 
 
 def test_processes_that_draw_end_with_their_owner(tmp_path: Path):
@@ -202,7 +203,8 @@ def test_mixed_batches_keep_their_shares():
 
 def test_joined_samples_keep_their_order():
     values = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1)
-    batch = LatentBatch(values.expand(2, 2, 3, 4, 4), -values.expand(2, 1, 3, 4, 4), ["1", "2"])
+    places = 100.1 * values.expand(2, 3, 2, 2, 2)
+    batch = LatentBatch(values.expand(2, 2, 3, 4, 4), -values.expand(2, 1, 3, 4, 4), ["1", "2"], places=places)
     samples = stored(batch, "cpu")
     assert [tuple(sample.latents.shape) for sample in samples] == [(1, 2, 3, 4, 4)] * 2
     assert samples[0].latents.dtype == torch.float16
@@ -212,3 +214,5 @@ def test_joined_samples_keep_their_order():
     assert batch.latents[:, 0, 0, 0, 0].tolist() == [1, 2]
     assert batch.channels[:, 0, 0, 0, 0].tolist() == [-1, -2]
     assert list(batch.prompts) == ["1", "2"]
+    assert batch.places is not None
+    assert torch.equal(batch.places, places)

@@ -10,7 +10,14 @@ from stage_clips import stage1_task, stage2_task, stage_one, stage_parts
 from swifti2v.training.clips import ClipConfig, make_clip
 from swifti2v.training.flow import LatentBatch
 from swifti2v.training.log import TrainingError
-from swifti2v.training.matching import MatchConfig, corners, cross_entropy, token_places
+from swifti2v.training.matching import (
+    MatchConfig,
+    corners,
+    cross_entropy,
+    seen_in_first,
+    stage_places,
+    token_places,
+)
 from swifti2v.training.motion import Motion, make_move
 from swifti2v.training.stage1 import Stage1Task
 from swifti2v.training.stage2 import Stage2Task
@@ -35,9 +42,10 @@ def test_corners_surround_a_place():
 
 
 def test_places_outside_or_unknown_weigh_nothing():
-    places = torch.tensor([[-0.1, 1.0], [3.1, 1.0], [1.0, 2.5], [float("nan"), 1.0], [1.0, 1.0]])
+    places = torch.tensor([[-0.6, 1.0], [3.6, 1.0], [1.0, 2.6], [float("nan"), 1.0], [3.4, -0.4]])
     indices, weights = corners(places, 3, 4)
     assert weights.sum(-1).tolist() == [0, 0, 0, 0, 1]
+    assert (indices[-1] * weights[-1]).sum() == 3  # the nearest token, at the frame's edge
     assert 0 <= indices.min() <= indices.max() < 12
     assert corners(torch.zeros(1, 2), 1, 1)[0].tolist() == [[0, 0, 0, 0]]
 
@@ -90,6 +98,48 @@ def test_cross_entropy_is_least_where_attention_is_right():
     assert cross_entropy(right, keys, *unknown) == 0
 
 
+def test_rounding_to_bf16_stays_out_of_the_cross_entropy():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 6, 64).bfloat16() * 3 for _ in range(2))
+    found = corners(torch.rand(1, 6, 2), 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = cross_entropy(q, k, *found)
+    assert torch.equal(under, cross_entropy(q.float(), k.float(), *found))
+
+
+def test_what_an_object_hides_in_the_first_frame_is_not_looked_for():
+    places = token_places(torch.zeros(1, 5, 4, 8, 2), 2, 4)  # [1, 2, 2, 4, 2]
+    places[0, 0, 0, 1] = torch.nan
+    asked = torch.tensor([[[0.5, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 0.9], [1.0, 1.0]]])
+    targets, weights = corners(asked, 2, 4)
+    assert seen_in_first(places, targets, weights).tolist() == [[False, True, True, False, True]]
+
+
+def test_places_of_both_stages(tiny, make_modules):
+    """A crop of a clip that moves by known pixels; a token of Stage I is four times one of Stage II."""
+    modules = make_modules(tiny)
+    origin = torch.full((1, 9, 16, 32, 2), 2.0)
+    one = stage_places(origin, torch.zeros(1, 3, 9, 16, 32), modules["vae1"])
+    two = stage_places(origin, torch.zeros(1, 3, 9, 64, 128), modules["vae2"])
+    assert one is not None
+    assert two is not None
+    sides = [2 * stage.vae.spatial // factor for stage, factor in ((tiny.stage1, 1), (tiny.stage2, 4))]
+    assert [tuple(places.shape[2:4]) for places in (one, two)] == [(16 // side, 32 // side) for side in sides]
+    assert [float(places[0, 1, 0, 0, 0]) for places in (one, two)] == [2 / side for side in sides]
+
+
+def test_the_origin_of_a_crop_is_that_of_the_whole():
+    whole = make_clip([photo()], 5, CLIP)
+    crop = make_clip([photo()], 5, CLIP, crop=(32, 16, 64, 48))
+    assert np.array_equal(whole.origin[:, 4:16, 8:24], crop.origin, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [{"layers": (0, 2)}, {"layers": ()}, {"heads": 0}, {"heads": 3}])
+def test_layers_and_heads_that_are_not_there_are_refused(tasks, wrong):
+    with pytest.raises(TrainingError, match="want some of layers 0 to 1 and 1 to 2 heads"):
+        tasks(replace(TAUGHT, **wrong))
+
+
 TAUGHT = MatchConfig(0.1, layers=(0, 1), heads=1, queries=40)
 
 
@@ -97,9 +147,9 @@ TAUGHT = MatchConfig(0.1, layers=(0, 1), heads=1, queries=40)
 def tasks(tiny, make_modules):
     """Both tasks by configuration, on clips that stand still as far as they know."""
 
-    def make(matching: MatchConfig, known: bool = True) -> tuple[Stage1Task, Stage2Task]:
+    def make(matching: MatchConfig, known: bool = True, **config) -> tuple[Stage1Task, Stage2Task]:
         parts = stage_parts(tiny, make_modules(tiny))
-        both = stage1_task(stage_one(parts), matching=matching), stage2_task(parts, matching=matching)
+        both = stage1_task(stage_one(parts), matching=matching), stage2_task(parts, matching=matching, **config)
         for task in both:
             batch = task.batch
             task.batch = lambda step, seed, batch=batch: placed(batch(step, seed)) if known else batch(step, seed)
@@ -129,6 +179,21 @@ def test_taught_heads_learn_where_to_look(tasks, stage):
     assert np.mean(seen[-5:]) < 0.8 * np.mean(seen[:5])
 
 
+def test_own_context_is_not_what_is_taught(tasks):
+    """Its calls come first and have no gradient; what is kept is of the call that is trained."""
+    task = tasks(TAUGHT, own_context=1.0, noisy=(2,), neighbours=(1,))[1]
+    add, kept = task.watch.add, []
+
+    def record(*arguments):
+        kept.append([q.requires_grad and k.requires_grad for q, k in task.watch.seen.values()])
+        return add(*arguments)
+
+    task.watch.add = record
+    segments = [task.loss(0, seed)[1]["segment"] for seed in range(6)]
+    assert any(segments)
+    assert kept == [[True, True]] * 6
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_watching_changes_no_velocity(tasks, stage):
     loss, parts = tasks(MatchConfig())[stage].loss(0, 1)
@@ -140,7 +205,7 @@ def test_watching_changes_no_velocity(tasks, stage):
 def test_only_the_blocks_that_ask_are_taught(tasks):
     task = tasks(TAUGHT)[1]
     q = torch.randn(1, 2, 12, 4, requires_grad=True)
-    task.watch.seen[0] = (q, torch.randn(1, 2, 12, 4))
+    task.watch.seen.update({layer: (q, torch.randn(1, 2, 12, 4)) for layer in TAUGHT.layers})
     places = token_places(torch.zeros(1, 9, 4, 4, 2), 2, 4)  # three blocks of four tokens
     loss, _ = task.watch.add(torch.zeros(()), places, [2], torch.Generator().manual_seed(0))
     loss.backward()

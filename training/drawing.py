@@ -32,12 +32,12 @@ class Crop:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What training reads of a clip: uint8 frames [T, H, W, 3] and low [T, H/f, W/f, 3], the prompt; its `origin`."""
+    """What training reads of a `Clip`."""
 
     frames: Tensor
     low: Tensor
     prompt: str
-    origin: Tensor
+    origin: Tensor  # float32 [T, H/f, W/f, 2]
 
 
 class Drawer:

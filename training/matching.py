@@ -33,9 +33,18 @@ class AttentionWatch:
     """Keeps the queries and keys [B, heads, L, D/heads] of a DiT's latest call, for the layers that are taught."""
 
     def __init__(self, dit: DiT, config: MatchConfig) -> None:
+        """TrainingError for layers or heads that the DiT lacks."""
         self.config = config
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer in config.layers if config.weight else ():
+        if not config.weight:
+            return
+        have, heads = range(len(dit.layers)), dit.config.heads
+        if not config.layers or set(config.layers) - set(have) or not 1 <= config.heads <= heads:
+            raise TrainingError(
+                f"matching: got layers {config.layers} and {config.heads} heads, want some of layers {have[0]} to "
+                f"{have[-1]} and 1 to {heads} heads; correct them"
+            )
+        for layer in config.layers:
             attention = dit.layers[layer].self_attn
             attention.kernels = replace(attention.kernels, attend=self._watched(layer, attention.kernels.attend))
 
@@ -61,12 +70,13 @@ class AttentionWatch:
         asked = places[:, list(blocks)].flatten(1, 3)  # [B, b, h, w, 2] -> [B, b*S, 2]
         tokens, count = asked.shape[1], min(self.config.queries, asked.shape[1])
         chosen = torch.randperm(tokens, generator=generator)[:count].to(asked.device)
-        found = corners(asked[:, chosen], *places.shape[2:4])
-        missed = torch.stack([
-            cross_entropy(q[:, : self.config.heads, -tokens:][:, :, chosen], k[:, : self.config.heads], *found)
-            for q, k in self.seen.values()
-        ]).mean()  # fmt: skip
-        self.seen.clear()
+        targets, weights = corners(asked[:, chosen], *places.shape[2:4])  # [B, n, 4]
+        weights = weights * seen_in_first(places, targets, weights).unsqueeze(-1)
+        heads, losses = self.config.heads, []
+        for layer in self.config.layers:
+            q, k = self.seen.pop(layer)
+            losses.append(cross_entropy(q[:, :heads, -tokens:][:, :, chosen], k[:, :heads], targets, weights))
+        missed = torch.stack(losses).mean()
         return loss + self.config.weight * missed, {"velocity": loss.detach(), "matching": missed.detach()}
 
 
@@ -75,19 +85,21 @@ def cross_entropy(q: Tensor, k: Tensor, targets: Tensor, weights: Tensor) -> Ten
 
     A mean over heads and over the queries whose weights are not 0; 0 where there are none.
     """
-    scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5  # [B, heads, n, L]
-    index = targets.unsqueeze(1).expand(-1, scores.shape[1], -1, -1)  # [B, n, 4] -> [B, heads, n, 4]
-    missed = scores.logsumexp(-1, keepdim=True) - scores.gather(-1, index)  # [B, heads, n, 4]
+    with torch.autocast(q.device.type, enabled=False):  # in bf16 the gradient of a head that is right is noise
+        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5  # [B, heads, n, L]
+        index = targets.unsqueeze(1).expand(-1, scores.shape[1], -1, -1)  # [B, n, 4] -> [B, heads, n, 4]
+        missed = scores.logsumexp(-1, keepdim=True) - scores.gather(-1, index)  # [B, heads, n, 4]
     return (missed * weights.unsqueeze(1)).sum() / (scores.shape[1] * weights.sum().clamp(min=1))
 
 
 def corners(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The four tokens around places [..., 2], (x, y) in tokens: int64 indices and weights fp32, both [..., 4].
 
-    The weights are bilinear, and 0 for a place that is unknown (NaN) or outside of the frame.
+    The weights are bilinear, and 0 for a place that is unknown (NaN) or outside of the frame, whose edges are half a
+    token from the outermost places.
     """
     limits = places.new_tensor([width - 1, height - 1])
-    known = ((places >= 0) & (places <= limits)).all(-1, keepdim=True)  # NaN is not
+    known = ((places >= -0.5) & (places <= limits + 0.5)).all(-1, keepdim=True)  # NaN is not
     places = places.nan_to_num().clamp(min=0).minimum(limits)
     low = places.floor().minimum((limits - 1).clamp(min=0))
     part = places - low  # [..., 2]
@@ -98,6 +110,16 @@ def corners(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     indices = torch.stack((first, first + across, first + down, first + across + down), -1)
     weights = torch.stack(((1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v), -1)
     return indices, weights * known
+
+
+def seen_in_first(places: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Whether the first frame shows what tokens look for there, and no object before it: bool [B, n].
+
+    places [B, T, h, w, 2], NaN where an object is; targets and weights [B, n, 4] as `corners` gives them.
+    """
+    object_there = places[:, 0].isnan().any(-1).flatten(1)  # [B, h, w, 2] -> [B, S]
+    at_targets = object_there.gather(1, targets.flatten(1)).view_as(targets)  # [B, n, 4]
+    return ~(at_targets & (weights > 0)).any(-1)
 
 
 def stage_places(origin: Tensor | None, pixels: Tensor, vae: VAE) -> Tensor | None:
