@@ -75,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     phase.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster after")
     _transition_option(phase)
     phase.add_argument(
-        "--matching", type=float, metavar="WEIGHT", help="DiTs: of showing attention where in frame 0 to look; 0 = off"
+        "--matching",
+        type=float,
+        metavar="WEIGHT",
+        help="DiTs: of showing attention where in frame 0 to look (default 0.05; 0 = off)",
     )
     _run_options(phase)
     phase.set_defaults(run=_nano)
