@@ -24,7 +24,7 @@ setup-dev: .venv/dev
 demo: setup
 	mkdir -p build
 	$(BIN)/swifti2v generate examples/photo.jpg -o build/demo.mp4 --profile nano \
-	  --prompt "slow zoom in, camera pans left" --contact-sheet build/demo.png
+	  --prompt "slow zoom in" --contact-sheet build/demo.png
 
 # PHOTOS names the folder of the pictures of Debian's budgie-backgrounds 3.0; the others come with Python packages.
 # Each phase goes on where it stopped. On a GPU pass TRAIN_FLAGS="--device cuda --workers 14"; on a CPU it takes days.

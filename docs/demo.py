@@ -12,7 +12,7 @@ from PIL import Image
 import swifti2v
 
 HERE = Path(__file__).resolve().parent
-PROMPT = "slow zoom in, camera pans left"
+PROMPT = "slow zoom in"
 LIMIT = 2_000_000  # bytes
 
 
