@@ -122,8 +122,7 @@ def camera_flow(path: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float) -
     frame[t](p) shows what frame[t + 1](p + flow[t](p)) shows. `pixels` is the picture's height in those pixels.
     """
     forward = np.linalg.inv(path[1:]) @ path[:-1]  # [T-1, 3, 3], screen of t -> screen of t + 1
-    x, y = project(forward[:, None, None], u, v)  # [T-1, H, W]
-    return (np.stack([x - u, y - v], -1) * pixels).astype(np.float32)
+    return _carried(forward, u, v, pixels)
 
 
 def camera_origin(path: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
@@ -132,5 +131,10 @@ def camera_origin(path: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float)
     frame[t](p) shows what frame[0](p + origin[t](p)) shows, where that is within the picture.
     """
     back = np.linalg.inv(path[:1]) @ path  # [T, 3, 3], screen of t -> screen of 0
-    x, y = project(back[:, None, None], u, v)  # [T, H, W]
+    return _carried(back, u, v, pixels)
+
+
+def _carried(matrices: np.ndarray, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
+    """How far homographies [n, 3, 3] carry points of the screen: float32 [n, H, W, 2], (x, y) in pixels."""
+    x, y = project(matrices[:, None, None], u, v)  # [n, H, W]
     return (np.stack([x - u, y - v], -1) * pixels).astype(np.float32)

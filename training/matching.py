@@ -68,8 +68,8 @@ class AttentionWatch:
         if places is None:
             raise TrainingError("matching: got clips without known motion, want generated ones; set its weight to 0")
         asked = places[:, list(blocks)].flatten(1, 3)  # [B, b, h, w, 2] -> [B, b*S, 2]
-        tokens, count = asked.shape[1], min(self.config.queries, asked.shape[1])
-        chosen = torch.randperm(tokens, generator=generator)[:count].to(asked.device)
+        tokens = asked.shape[1]
+        chosen = torch.randperm(tokens, generator=generator)[: self.config.queries].to(asked.device)
         targets, weights = corners(asked[:, chosen], *places.shape[2:4])  # [B, n, 4]
         weights = weights * seen_in_first(places, targets, weights).unsqueeze(-1)
         heads, losses = self.config.heads, []
@@ -130,7 +130,7 @@ def stage_places(origin: Tensor | None, pixels: Tensor, vae: VAE) -> Tensor | No
     if origin is None:
         return None
     side = 2 * vae.config.spatial * origin.shape[3] // pixels.shape[4]
-    return token_places(origin.to(pixels.device), side, vae.config.time)
+    return token_places(origin, side, vae.config.time)
 
 
 def token_places(moved: Tensor, side: int, time: int) -> Tensor:

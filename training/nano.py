@@ -65,8 +65,8 @@ class DitPhase:
 
 
 Phase = VaePhase | DitPhase
-# Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
 MATCHING = MatchConfig(weight=0.05)
+# Stage transition asks for levels of 0.1 to 0.5, which Stage I's own schedule leaves out.
 STAGE1 = Stage1Config(NoiseLevels(between=1.0).at(NANO.stage1), matching=MATCHING)
 STAGE2 = Stage2Config(
     NoiseLevels().at(NANO.stage2), TransitionConfig().at(NANO.stage1), own_context=0.15, matching=MATCHING
